@@ -1,0 +1,1 @@
+"""Noise levels and schedules: pure functions of the papers' symbols, one copy each."""

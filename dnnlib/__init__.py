@@ -1,0 +1,1 @@
+"""What needs neither torch nor this project: errors, command lines, parsing, files, pictures."""

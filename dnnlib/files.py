@@ -1,0 +1,70 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary name beside `path` to write to; on success flush it to disk and rename it to `path`.
+
+    If the block raises, or the process dies, `path` is as it was before and the temporary file is removed
+    (a kill may leave it behind; its name begins with a dot and ends in `.tmp`, and no reader takes it).
+    The file gets the permissions that the umask asks for.
+    """
+    path = Path(path)
+    descriptor, name = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent)
+    os.close(descriptor)
+    beside = Path(name)
+    try:
+        yield beside
+        with open(beside, 'rb+') as file:
+            os.fsync(file.fileno())
+        beside.chmod(0o666 & ~_umask())
+        beside.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's umask; the system call can only read it by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a rename in `folder` to disk, where the platform can open folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with atomic_path(path) as beside:
+        beside.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+
+
+def make_folder(path: str | os.PathLike) -> Path:
+    """Create a folder for output and check that it can be written, so that a run fails before its work.
+
+    Raises:
+        OSError: with the folder's name, where it cannot be made or written.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:  # its filename is that of the probe
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+    return path

@@ -1,0 +1,101 @@
+"""Magnitude-preserving operations (EDM2 appendix B): outputs have unit magnitude where the inputs have."""
+
+import math
+
+import torch
+from torch import nn
+
+NORM_EPS = 1e-4  # keeps normalize() defined at zero
+SILU_RMS = 0.596  # root mean square of silu(x) for x ~ N(0, 1), as EDM2 rounds it
+
+
+def normalize(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Scale to unit root mean square over `dims` (EDM2 eq. 47): x / (eps + norm(x) sqrt(numel(norm) / numel(x))).
+
+    Args:
+        x: Any shape; the norm is taken in float32 (or float64 if x is), the result has x's dtype.
+        dims: Dimensions under one norm; by default all but the first, a weight's fan-in.
+            `(1,)` on a feature map is pixel norm (EDM2 eq. 30).
+    """
+    dims = tuple(range(1, x.ndim)) if dims is None else dims
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    norm = torch.add(NORM_EPS, norm, alpha=math.sqrt(norm.numel() / x.numel()))
+    return x / norm.to(x.dtype)
+
+
+def mp_silu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU scaled to unit magnitude for standard normal input (EDM2 eq. 81)."""
+    return nn.functional.silu(x) / SILU_RMS
+
+
+def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """Blend two tensors of equal shape, b with weight t in [0, 1] (EDM2 eq. 88)."""
+    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+
+
+def mp_cat(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
+    """Concatenate [N, Ca, H, W] and [N, Cb, H, W] along channels, b contributing with weight t (EDM2 eq. 103)."""
+    Na, Nb = a.shape[1], b.shape[1]
+    scale = math.sqrt((Na + Nb) / ((1 - t) ** 2 + t**2))
+    return torch.cat([a * (scale * (1 - t) / math.sqrt(Na)), b * (scale * t / math.sqrt(Nb))], dim=1)
+
+
+class MPFourier(nn.Module):
+    """Random Fourier features of a scalar (EDM2 eq. 75): sqrt(2) cos(freqs x + phases), in float32.
+
+    freqs ~ 2 pi N(0, 1) and phases ~ 2 pi U(0, 1) are constant buffers.
+
+    Args:
+        channels: Number of features.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer('freqs', torch.empty(channels))
+        self.register_buffer('phases', torch.empty(channels))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw frequencies and phases (on the CPU, whatever the device, so that a seed means one network)."""
+        self.freqs.copy_(2 * math.pi * torch.randn(self.freqs.shape, generator=generator))
+        self.phases.copy_(2 * math.pi * torch.rand(self.phases.shape, generator=generator))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [N] -> float32 [N, channels]."""
+        return math.sqrt(2) * (x[:, None] * self.freqs + self.phases).cos()
+
+
+class MPConv(nn.Module):
+    """Convolution or linear layer with weight normalization and no bias (EDM2 eq. 66 and algorithm 1).
+
+    Weights start as N(0, 1). In training mode the stored weight is first overwritten by its normalized version
+    ("forced" weight normalization), so its magnitude cannot grow; then, always, the weight used is
+    normalize(weight) gain / sqrt(fan_in), cast to the input's dtype.
+
+    Args:
+        in_channels, out_channels: Channels; for a depthwise convolution they are equal.
+        kernel: Side length of the square kernel with `same` padding; 0 makes a linear layer on [N, C].
+        groups: Groups of channels that do not mix; `in_channels` makes it depthwise.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, groups: int = 1):
+        super().__init__()
+        assert in_channels % groups == 0 and out_channels % groups == 0
+        self.groups = groups
+        window = (kernel, kernel) if kernel else ()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *window))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw the weight from N(0, 1) (on the CPU, whatever the device)."""
+        with torch.no_grad():
+            self.weight.copy_(torch.randn(self.weight.shape, generator=generator))
+
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """[N, Cin, H, W] -> [N, Cout, H, W], or [N, Cin] -> [N, Cout] for a linear layer, in x's dtype."""
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(normalize(self.weight))
+        fan_in = self.weight[0].numel()
+        w = (normalize(self.weight) * (gain / math.sqrt(fan_in))).to(x.dtype)
+        if w.ndim == 2:
+            return x @ w.t()
+        return nn.functional.conv2d(x, w, padding=w.shape[-1] // 2, groups=self.groups)

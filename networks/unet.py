@@ -1,0 +1,187 @@
+"""The U-Net of EDM2 and EDM2+ (EDM2 figure 22): magnitude-preserving blocks with any residual branch."""
+
+import math
+
+import torch
+from torch import nn
+
+from networks.branches import LAYERS, MODULATE, SILU, get_branch
+from networks.config import NetworkConfig
+from networks.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
+
+LABEL_BALANCE = 0.5  # weight of the class in the embedding
+CONCAT_BALANCE = 0.5  # weight of the skip connection in a decoder block's input
+RESIDUAL_BALANCE = 0.3  # weight of the residual branch
+ATTENTION_BALANCE = 0.3  # weight of the attention
+CLIP_ACTIVATIONS = 256.0
+
+
+def resample(x: torch.Tensor, mode: str) -> torch.Tensor:
+    """`down`: mean of 2x2 pixels; `up`: every pixel becomes 2x2; `keep`: x itself. [N, C, H, W]."""
+    if mode == 'down':
+        return nn.functional.avg_pool2d(x, 2)
+    if mode == 'up':
+        return nn.functional.interpolate(x, scale_factor=2, mode='nearest')
+    assert mode == 'keep'
+    return x
+
+
+class Block(nn.Module):
+    """One block of the U-Net: resampling, a residual branch with embedding modulation, attention where asked.
+
+    Args:
+        in_channels: Width of the input (in the decoder: with the skip connection).
+        out_channels: Width of the output.
+        emb_channels: Width of the embedding.
+        config: Of the network; gives residual branch, dropout, head width.
+        flavor: `enc`: widths change and pixel norm comes first; `dec`: the main path changes width at the end.
+        resample_mode: `keep`, `up` or `down`, applied to the input.
+        attention: Whether self-attention follows.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        config: NetworkConfig,
+        flavor: str,
+        resample_mode: str = 'keep',
+        attention: bool = False,
+    ):
+        super().__init__()
+        branch = get_branch(config.block)
+        self.flavor = flavor
+        self.resample_mode = resample_mode
+        self.dropout = config.dropout
+        self.channels_per_head = config.channels_per_head
+        self.steps = tuple(branch.steps_of(flavor))
+        self.emb_gain = nn.Parameter(torch.empty(()))
+        width = out_channels if flavor == 'enc' else in_channels  # entering the residual branch
+        widths = {'out': out_channels, 'wide': branch.expansion * out_channels}
+        for step in self.steps:
+            if step == MODULATE:
+                self.emb_linear = MPConv(emb_channels, width, kernel=0)
+            elif step != SILU:
+                kind, width_name = LAYERS[step]
+                before, width = width, widths.get(width_name, width)
+                kernel = {'dense': 3, 'depthwise': branch.kernel, 'pointwise': 1}[kind]
+                setattr(self, step, MPConv(before, width, kernel, groups=width if kind == 'depthwise' else 1))
+        assert width == out_channels, f'branch {config.block} ends with {width} channels instead of {out_channels}'
+        self.conv_skip = MPConv(in_channels, out_channels, kernel=1) if in_channels != out_channels else None
+        self.attn_qkv = MPConv(out_channels, 3 * out_channels, kernel=1) if attention else None
+        self.attn_proj = MPConv(out_channels, out_channels, kernel=1) if attention else None
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """[N, in_channels, H, W], float32 [N, emb_channels] -> [N, out_channels, H', W'] in x's dtype."""
+        x = resample(x, self.resample_mode)
+        if self.flavor == 'enc':
+            if self.conv_skip is not None:
+                x = self.conv_skip(x)
+            x = normalize(x, dims=(1,))
+        y = self._residual(x, emb)
+        if self.flavor == 'dec' and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, RESIDUAL_BALANCE)
+        if self.attn_qkv is not None:
+            x = mp_sum(x, self._attention(x), ATTENTION_BALANCE)
+        return x.clip(-CLIP_ACTIVATIONS, CLIP_ACTIVATIONS)
+
+    def _residual(self, y: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        modulated = False
+        for step in self.steps:
+            if step == MODULATE:
+                scale = self.emb_linear(emb, gain=self.emb_gain) + 1
+                y = y * scale[:, :, None, None].to(y.dtype)
+                modulated = True
+            elif step == SILU:
+                y = mp_silu(y)
+                if modulated and self.training and self.dropout:  # right after the SiLU that follows the modulation
+                    y = nn.functional.dropout(y, p=self.dropout)
+                    modulated = False
+            else:
+                y = getattr(self, step)(y)
+        return y
+
+    def _attention(self, x: torch.Tensor) -> torch.Tensor:
+        """Cosine attention (EDM2 section 2.3): q, k and v have unit magnitude over each head's channels."""
+        n, c, h, w = x.shape
+        qkv = self.attn_qkv(x).permute(0, 2, 3, 1)  # [N, H, W, 3 C], C = (head, channel, {q, k, v})
+        qkv = qkv.reshape(n, h * w, c // self.channels_per_head, self.channels_per_head, 3)
+        q, k, v = (part.transpose(1, 2) for part in normalize(qkv, dims=(3,)).unbind(dim=-1))  # [N, heads, H W, d]
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        y = y.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
+        return self.attn_proj(y)
+
+
+class UNet(nn.Module):
+    """F of the preconditioned denoiser: image and noise label to image, all features at unit magnitude.
+
+    Args:
+        config: What to build; already checked.
+    """
+
+    def __init__(self, config: NetworkConfig):
+        super().__init__()
+        levels = config.levels
+        emb_channels = max(channels for _, _, channels in levels)
+        self.label_dim = config.label_dim
+        self.out_gain = nn.Parameter(torch.empty(()))
+        self.emb_fourier = MPFourier(levels[0][2])
+        self.emb_noise = MPConv(levels[0][2], emb_channels, kernel=0)
+        self.emb_label = MPConv(config.label_dim, emb_channels, kernel=0) if config.label_dim else None
+
+        self.enc = nn.ModuleDict()
+        width = levels[0][2]
+        height, breadth = config.img_resolution
+        self.enc[f'{height}x{breadth}_conv'] = MPConv(config.img_channels + 1, width, kernel=3)
+        skips = [width]
+        for level, (height, breadth, channels) in enumerate(levels):
+            name, attention = f'{height}x{breadth}', config.has_attention(level)
+            if level > 0:
+                self.enc[f'{name}_down'] = Block(width, width, emb_channels, config, 'enc', 'down')
+                skips.append(width)
+            for i in range(config.num_blocks):
+                block = Block(width, channels, emb_channels, config, 'enc', attention=attention)
+                self.enc[f'{name}_block{i}'] = block
+                width = channels
+                skips.append(width)
+
+        self.dec = nn.ModuleDict()
+        for level, (height, breadth, channels) in reversed(list(enumerate(levels))):
+            name, attention = f'{height}x{breadth}', config.has_attention(level)
+            if level == len(levels) - 1:
+                self.dec[f'{name}_in0'] = Block(width, width, emb_channels, config, 'dec', attention=True)
+                self.dec[f'{name}_in1'] = Block(width, width, emb_channels, config, 'dec')
+            else:
+                self.dec[f'{name}_up'] = Block(width, width, emb_channels, config, 'dec', 'up')
+            for i in range(config.num_blocks + 1):
+                block = Block(width + skips.pop(), channels, emb_channels, config, 'dec', attention=attention)
+                self.dec[f'{name}_block{i}'] = block
+                width = channels
+        self.out_conv = MPConv(width, config.img_channels, kernel=3)
+
+    def embed(self, c_noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """float32 [N] noise labels and [N, label_dim] class labels (None: none of the classes) -> [N, emb_channels]."""
+        emb = self.emb_noise(self.emb_fourier(c_noise))
+        if self.emb_label is not None:
+            if labels is None:
+                labels = emb.new_zeros(1, self.label_dim)
+            emb_label = self.emb_label(labels * math.sqrt(self.label_dim))
+            emb = mp_sum(emb, emb_label.expand_as(emb), LABEL_BALANCE)
+        return mp_silu(emb)
+
+    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """[N, C, H, W] in any float dtype, float32 [N], float32 [N, label_dim] or None -> [N, C, H, W] in x's dtype."""
+        emb = self.embed(c_noise, labels)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        skips = []
+        for layer in self.enc.values():
+            x = layer(x) if isinstance(layer, MPConv) else layer(x, emb)
+            skips.append(x)
+        for name, layer in self.dec.items():
+            if 'block' in name:
+                x = mp_cat(x, skips.pop(), CONCAT_BALANCE)
+            x = layer(x, emb)
+        return self.out_conv(x, gain=self.out_gain)

@@ -1,0 +1,28 @@
+"""Small data that several tests make."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+
+def make_archive(path: Path, count: int, classes: int, shape: tuple[int, int, int] = (1, 8, 8)) -> Path:
+    """Write a dataset zip of random images; images of one class share a pattern. Classes 0 makes no labels."""
+    rng = np.random.default_rng(0)
+    channels, height, width = shape
+    patterns = rng.integers(0, 200, (max(classes, 1), height, width, channels))
+    labels = []
+    with zipfile.ZipFile(path, 'w') as archive:
+        for i in range(count):
+            name, label = f'{i // 1000:05d}/img{i:08d}.png', i % max(classes, 1)
+            pixels = (patterns[label] + rng.integers(0, 50, (height, width, channels))).astype(np.uint8)
+            file = io.BytesIO()
+            PIL.Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels).save(file, format='png')
+            archive.writestr(name, file.getvalue())
+            labels.append([name, label])
+        if classes:
+            archive.writestr('dataset.json', json.dumps({'labels': labels}))
+    return path

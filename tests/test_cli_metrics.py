@@ -1,0 +1,270 @@
+"""calculate_metrics.py from its command line, in one process and in two."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import calculate_metrics
+from dnnlib import cli
+from torch_utils.tensor_files import TensorFile, save_tensors
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_images(folder: Path, images: np.ndarray, labels: list[int] | None = None) -> Path:
+    folder.mkdir(parents=True)
+    names = [f'{i:06d}.png' for i in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        PIL.Image.fromarray(image).save(folder / name)
+    if labels is not None:
+        pairs = [list(pair) for pair in zip(names, labels, strict=True)]
+        (folder / 'dataset.json').write_text(json.dumps({'labels': pairs}))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    """Folders `real` and `made` of digits with labels, `colour` and `bare` without, `single` of one image."""
+    import sklearn.datasets
+
+    digits = sklearn.datasets.load_digits()
+    images, labels = (digits.images * 15).astype(np.uint8), digits.target.tolist()
+    folder = tmp_path_factory.mktemp('data')
+    write_images(folder / 'real', images[:300], labels[:300])
+    write_images(folder / 'made', images[300:400], labels[300:400])
+    write_images(folder / 'bare', images[400:410])
+    write_images(folder / 'single', images[:1], labels[:1])
+    write_images(folder / 'colour', np.zeros((5, 8, 8, 3), np.uint8))
+    with zipfile.ZipFile(folder / 'real.zip', 'w') as archive:
+        for path in (folder / 'real').iterdir():
+            archive.write(path, path.name)
+    return folder
+
+
+@pytest.fixture
+def run(data, monkeypatch, capsys):
+    """Run the script in the folder of the data: arguments -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(data)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, 'argv', ['calculate_metrics.py', *arguments])
+        with pytest.raises(SystemExit) as ending:
+            cli.run(calculate_metrics.main)
+        captured = capsys.readouterr()
+        return ending.value.code, captured.out, captured.err
+
+    return run
+
+
+def test_all_metrics_of_an_archive(run, tmp_path):
+    path = tmp_path / 'new folder' / 'metrics.json'
+    both = '--metrics=class_agreement,fd_pixels'
+    code, out, err = run('calc', '--images=made', '--ref=real.zip', both, f'--json={path}')
+    assert code == 0
+    first, second = out.splitlines()
+    assert first.startswith('class_agreement ') and second.startswith('fd_pixels ')
+    assert all('N=100, reference N=300' in line for line in (first, second))
+    assert err.count('\n') == 1 and '100 images of made and 300 images of real' in err
+    written = json.loads(path.read_text())
+    assert set(written) == {'metrics', 'detectors', 'warnings', 'images', 'reference', 'versions'}
+    assert f'{written["metrics"]["fd_pixels"]["value"]:.5f}' in second
+    assert written['metrics']['class_agreement']['value'] > 0.8
+    assert written['images']['count'] == 100 and written['images']['path'] == 'made'
+    assert written['reference']['name'] == 'real' and written['reference']['versions'] == written['versions']
+    assert written['reference']['image_shape'] == [1, 8, 8]
+    assert len(written['warnings']) == 1
+
+
+def test_reference_file_and_archive_give_the_same(run, tmp_path):
+    reference = tmp_path / 'ref.safetensors'
+    code, out, err = run('ref', '--data=real', f'--dest={reference}')
+    assert (code, err) == (0, '') and '300 images of real' in out
+    header = TensorFile(reference).header
+    assert header['images']['count'] == 300 and header['detectors']['pixels']['counts'] == {'even': 150, 'odd': 150}
+    numbers = []
+    for ref in (reference, 'real', 'real.zip'):
+        assert run('calc', '--images=made', f'--ref={ref}', f'--json={tmp_path / "out.json"}')[0] == 0
+        numbers.append(json.loads((tmp_path / 'out.json').read_text())['metrics'])
+    assert numbers[0] == numbers[1] == numbers[2]
+
+
+def test_batch_size_does_not_matter(run, tmp_path):
+    values = []
+    for batch in (1000, 7):
+        assert run('calc', '--images=made', '--ref=real', f'--batch={batch}', f'--json={tmp_path / "out.json"}')[0] == 0
+        values.append(json.loads((tmp_path / 'out.json').read_text())['metrics']['fd_pixels']['value'])
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'problem'),
+    [
+        ('calc --images=made', "Missing option '--ref'"),
+        ('calc --images=absent --ref=real', 'absent'),
+        ('calc --images=made --ref=absent', 'absent'),
+        ('calc --images=made --ref=absent.safetensors', 'absent.safetensors'),
+        ('calc --images=made --ref=real --metrics=fd_pixel', 'did you mean fd_pixels?'),
+        ('calc --images=made --ref=real --batch=0', '--batch'),
+        ('calc --images=made --ref=colour', 'made are 1x8x8'),
+        ('calc --images=single --ref=real', 'single has 1 image'),
+        ('calc --images=made --ref=single', 'single has 1 image'),
+        ('calc --images=bare --ref=real --metrics=class_agreement', 'class_agreement needs labels, and bare has none'),
+        ('calc --images=made --ref=bare --metrics=class_agreement', 'class_agreement needs labels, and bare has none'),
+        ('calc --images=made --ref=REF --metrics=class_agreement', 'give the data set real instead'),
+        ('calc --images=colour --ref=REF', 'colour are 3x8x8'),
+        ('calc --images=made --ref=NET', 'is not a reference file'),
+        ('calc --images=made --ref=TEXT', 'is not a reference file'),
+        ('calc --images=made --ref=REF --json=.', 'is a directory'),
+        ('calc --images=made --ref=REF --json=TEXT/out.json', 'text.safetensors'),
+        ('ref --data=real --dest=DIR/ref.npz', 'must end in .safetensors'),
+        ('ref --data=single --dest=DIR/new.safetensors', 'at least 4 are needed'),
+        ('ref --data=absent --dest=DIR/new.safetensors', 'absent'),
+        ('mesaure', 'mesaure'),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(run, tmp_path, arguments, problem):
+    reference, network, text = (tmp_path / f'{name}.safetensors' for name in ('ref', 'net', 'text'))
+    assert run('ref', '--data=real', f'--dest={reference}')[0] == 0
+    save_tensors(network, {'weight': torch.zeros(2)}, {'format': 'network'})
+    text.write_text('not tensors')
+    before = sorted(tmp_path.iterdir())
+    places = {'REF': reference, 'NET': network, 'TEXT': text, 'DIR': tmp_path}
+    for word, place in places.items():
+        arguments = arguments.replace(word, str(place))
+    code, out, err = run(*arguments.split())
+    assert (code, out) == (2, '')
+    assert problem in err and err.count('\n') == 1 and err.startswith('calculate_metrics.py: error: ')
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_unreadable_image_in_the_middle_leaves_nothing(run, data, tmp_path):
+    broken = write_images(tmp_path / 'broken', np.zeros((6, 8, 8), np.uint8))
+    (broken / '000003.png').write_bytes(b'no picture')
+    code, out, err = run('ref', f'--data={broken}', f'--dest={tmp_path / "ref.safetensors"}')
+    assert (code, out, err.count('\n')) == (2, '', 1) and '000003.png' in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['broken']
+
+
+def test_help_has_an_example(run):
+    for command in ([], ['calc'], ['ref']):
+        code, out, _ = run(*command, '--help')
+        assert code == 0 and 'python calculate_metrics.py' in out
+
+
+# ---- two processes ----
+
+WORKER = """
+import json, sys, torch
+from dnnlib.errors import UserError
+from metrics.gathering import Batch, ImageSet, LabelledFeatures, Need, SplitStatistics, gather
+from metrics.statistics import FeatureStatistics
+from torch_utils import distributed
+
+distributed.init('cpu')
+rank = distributed.rank()
+vectors = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e4
+found = {}
+for name, cut in {'shared': 11, 'idle': 40}.items():
+    share = (vectors[:cut], vectors[cut:])
+    statistics = FeatureStatistics(3)
+    statistics.update(share[rank])
+    statistics.all_reduce()
+    found[name] = [statistics.count, statistics.mean.tolist(), statistics.scatter.tolist()]
+nothing = FeatureStatistics(3)
+nothing.all_reduce()
+found['nothing'] = nothing.count
+
+images = torch.randint(0, 256, (9, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+labels = torch.arange(9)
+split, kept = Need('pixels', SplitStatistics), Need('pixels', LabelledFeatures)
+
+def stream(places):
+    for i in torch.tensor(places).split(2) if places else ():
+        yield Batch(images[i], labels[i], i)
+
+def broken_stream():
+    yield from stream([0, 1])
+    if rank == 1:
+        raise UserError('the disk of rank 1 is gone')
+
+for name, places in {'gathered': ([0, 1, 4, 5, 8], [2, 3, 6, 7]), 'gathered alone': (list(range(9)), [])}.items():
+    collected = gather(ImageSet('some', 9, (1, 2, 2), 9), stream(places[rank]), [split, kept], 'cpu').collected
+    assert collected[kept].labels.tolist() == labels.tolist()
+    assert torch.equal(collected[kept].features, images.flatten(1).float() / 255)
+    odd = collected[split].odd
+    found[name] = [odd.count, odd.mean.tolist(), odd.scatter.tolist()]
+try:
+    gather(ImageSet('some', 9, (1, 2, 2), 9), broken_stream(), [split], 'cpu')
+except UserError as error:
+    found['error'] = str(error)
+distributed.close()
+json.dump(found, open(sys.argv[1] + str(rank), 'w'))
+"""
+
+
+def run_two_processes(*arguments: str) -> list[tuple[int, str, str]]:
+    """Run python twice as torchrun would: (exit code, stdout, stderr) of both ranks."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    common = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'OMP_NUM_THREADS': '1'}
+    common['PYTHONPATH'] = str(ROOT)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-W', 'error', *arguments],
+            env={**os.environ, **common, 'RANK': str(rank), 'LOCAL_RANK': str(rank), 'CUDA_VISIBLE_DEVICES': ''},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        outputs = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def test_two_ranks_agree_with_one_and_idle_ranks_do_not_hang(tmp_path):
+    endings = run_two_processes('-c', WORKER, str(tmp_path / 'rank'))
+    assert [code for code, _, _ in endings] == [0, 0], endings
+    found = [json.loads((tmp_path / f'rank{rank}').read_text()) for rank in (0, 1)]
+    assert found[0] == found[1]
+    vectors = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e4
+    for name in ('shared', 'idle'):
+        count, mean, scatter = found[0][name]
+        assert count == 40
+        np.testing.assert_allclose(mean, vectors.mean(dim=0), rtol=1e-14)
+        np.testing.assert_allclose(scatter, 39 * np.cov(vectors.T), atol=1e-11)  # terms of about 40
+    assert found[0]['nothing'] == 0
+    assert found[0]['gathered'][0] == 4
+    for part in (1, 2):
+        np.testing.assert_allclose(found[0]['gathered'][part], found[0]['gathered alone'][part], atol=1e-14)
+    assert found[0]['error'] == 'the disk of rank 1 is gone'
+
+
+def test_two_ranks_print_once_what_one_rank_prints(run, data, tmp_path):
+    # One batch holds all images to be measured, so that rank 1 has none of them.
+    measure = ['calc', f'--images={data / "made"}', f'--ref={data / "real"}', '--metrics=fd_pixels,class_agreement']
+    one = run(*measure, '--batch=150', f'--json={tmp_path / "one.json"}')
+    script = str(ROOT / 'calculate_metrics.py')
+    two, silent = run_two_processes(script, *measure, '--batch=150', f'--json={tmp_path / "two.json"}')
+    assert [ending[0] for ending in (one, two, silent)] == [0, 0, 0], (two, silent)
+    assert one[1] in two[1] and one[2] in two[2]  # some versions of gloo print lines of their own
+    assert 'fd_pixels' not in silent[1] + silent[2]
+    written = [json.loads((tmp_path / name).read_text()) for name in ('one.json', 'two.json')]
+    values = [results['metrics']['fd_pixels'].pop('value') for results in written]
+    halves = [results['metrics']['fd_pixels'].pop('real_halves') for results in written]
+    assert values[0] == pytest.approx(values[1], rel=1e-9) and halves[0] == pytest.approx(halves[1], rel=1e-9)
+    assert written[0] == written[1]

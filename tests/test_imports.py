@@ -1,0 +1,55 @@
+"""Imports point one way: dnnlib <- torch_utils <- diffusion <- networks <- rooms <- scripts <- tests."""
+
+import ast
+
+import pytest
+
+from tests.conftest import ROOT
+
+BELOW = {'dnnlib': set()}
+for above, room in zip(('dnnlib', 'torch_utils', 'diffusion'), ('torch_utils', 'diffusion', 'networks'), strict=True):
+    BELOW[room] = BELOW[above] | {above}
+for room in ('training', 'sampling', 'metrics'):
+    BELOW[room] = BELOW['networks'] | {'networks'}
+SCRIPTS = {path.stem for path in ROOT.glob('*.py')}
+
+
+def imported(path) -> set[str]:
+    """Top-level names of the modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f'{path}: relative import'
+            names.add(node.module.split('.')[0])
+    return names
+
+
+@pytest.mark.parametrize('room', BELOW)
+def test_rooms(room):
+    files = list((ROOT / room).rglob('*.py'))
+    assert files
+    for path in files:
+        ours = imported(path) & (BELOW.keys() | SCRIPTS | {'tests'})
+        assert ours <= BELOW[room] | {room}, f'{path} imports {ours - BELOW[room] - {room}}'
+
+
+def test_scripts():
+    assert {'train', 'generate', 'calculate_metrics', 'reconstruct_phema', 'dataset_tool'} <= SCRIPTS
+    for script in SCRIPTS:
+        ours = imported(ROOT / f'{script}.py') & (SCRIPTS | {'tests'})
+        assert not ours, f'{script}.py imports {ours}'
+
+
+def test_no_numpy_in_a_forward_pass():
+    for path in (ROOT / 'networks').glob('*.py'):
+        assert 'numpy' not in imported(path), path
+    assert 'torch' not in set().union(*(imported(path) for path in (ROOT / 'dnnlib').glob('*.py')))
+
+
+def test_no_pickles():
+    for path in ROOT.glob('[!.]*/*.py'):
+        if path.parent.name not in ('tests',):
+            assert not imported(path) & {'pickle', 'dill', 'cloudpickle'}, path
+            assert 'torch.load(' not in path.read_text() and 'torch.save(' not in path.read_text(), path

@@ -1,0 +1,165 @@
+"""Networks against the golden numbers, and what must hold for any network."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dnnlib.errors import UserError
+from networks.branches import BRANCHES
+from networks.config import NetworkConfig
+from networks.denoiser import Denoiser
+from networks.unet import CLIP_ACTIVATIONS, Block
+from training.loss import DenoisingLoss
+
+PIXELS = 2 * 3 * 16 * 16
+# The golden values come from another order of float32 operations: a few units in the last place after some
+# thirty layers. The constants of the spec change them by at least 1e-4.
+RTOL, ATOL = 2e-5, 1e-5
+
+
+def golden_net(name: str) -> Denoiser:
+    """The golden net with every tensor filled as the golden file's `fill` says."""
+    net = Denoiser(NetworkConfig((16, 16), 3, 4, 32, (1, 2), 1, (8,), 16, block=name))
+    with torch.no_grad():
+        for tensor_name, t in net.state_dict().items():
+            h = sum(map(ord, tensor_name)) % 997
+            i = torch.arange(t.numel(), dtype=torch.float64)
+            s = torch.sin(h + 0.731 * i + 0.0173 * i**2).reshape(t.shape)
+            if t.ndim == 0:
+                s = torch.tensor(0.7 + 0.2 * math.sin(h))
+            elif tensor_name.endswith('freqs'):
+                s = 2 * math.pi * s
+            elif tensor_name.endswith('phases'):
+                s = math.pi * (1 + s)
+            t.copy_(s)
+    return net
+
+
+def golden_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.cos(0.37 * torch.arange(PIXELS, dtype=torch.float64)).float().reshape(2, 3, 16, 16)
+    labels = torch.nn.functional.one_hot(torch.tensor([1, 3]), 4).float()
+    return x, torch.tensor([0.5, 3.0]), labels
+
+
+def close(actual, expected):
+    torch.testing.assert_close(torch.as_tensor(actual), torch.tensor(expected).float(), rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize('name', BRANCHES)
+def test_golden_forward(golden, name):
+    expected = golden['nets'][name]
+    net = golden_net(name).eval()
+    x, sigma, labels = golden_inputs()
+    assert sum(p.numel() for p in net.parameters()) == expected['params']
+    with torch.no_grad():
+        D, D_null, u = net(x, sigma, labels), net(x, sigma), net.logvar(sigma)
+    close(D.flatten()[:8], expected['D_first8'])
+    close(D.flatten()[-8:], expected['D_last8'])
+    close([D.mean(), D.std()], [expected['D_mean'], expected['D_std']])
+    close([D_null.mean(), D_null.std()], [expected['Dnull_mean'], expected['Dnull_std']])
+    close(u, expected['logvar'])
+
+
+@pytest.mark.parametrize('name', BRANCHES)
+def test_golden_training(golden, name):
+    expected = golden['nets'][name]['train']
+    net = golden_net(name).train()
+    x, sigma, labels = golden_inputs()
+    k = torch.arange(PIXELS, dtype=torch.float64).reshape(x.shape)
+    y = (0.5 * torch.sin(0.11 * k)).float()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01, betas=(0.9, 0.99), eps=1e-8)
+    for j in range(3):
+        noise = (math.sqrt(2) * torch.cos(1.3 * k + j)).float()
+        losses, _ = DenoisingLoss(net)(y, sigma, noise, labels)
+        close(losses.mean() / x[0].numel(), expected['loss_mean_per_step'][j])
+        optimizer.zero_grad()
+        (losses.sum() / 2).backward()
+        if j == 0:
+            grads = {n: p.grad.double().norm().item() for n, p in net.named_parameters()}
+            for parameter, norm in expected['grad_norm_step0'].items():
+                assert grads[parameter] == pytest.approx(norm, rel=1e-4), parameter
+            total = math.hypot(*grads.values())
+            assert total == pytest.approx(expected['total_grad_norm_step0'], rel=1e-4)
+        optimizer.step()
+    with torch.no_grad():
+        D = net.eval()(x, sigma, labels)
+    close([D.mean(), D.std()], [expected['D_mean_after'], expected['D_std_after']])
+    close(D.flatten()[:8], expected['D_first8_after'])
+
+
+def test_parameter_names_are_those_of_published_edm2(golden):
+    shapes = {name: list(t.shape) for name, t in golden_net('A').state_dict().items()}
+    assert shapes == golden['nets']['A']['param_shapes']
+
+
+def test_initial_network_only_scales_its_input(tiny_config):
+    net = Denoiser(tiny_config, seed=1).eval()
+    x, sigma = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 1.0, 10.0])
+    c_skip = 0.25 / (sigma**2 + 0.25)
+    torch.testing.assert_close(net(x, sigma), c_skip[:, None, None, None] * x)
+
+
+def test_seed_gives_the_weights(tiny_config):
+    a, b, c = (Denoiser(tiny_config, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a['unet.out_conv.weight'], c['unet.out_conv.weight'])
+
+
+def test_forced_normalization_in_training_only(tiny_config):
+    net = Denoiser(tiny_config)
+    x, sigma = torch.zeros(1, 1, 8, 8), torch.ones(1)
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    net.eval()(x, sigma)
+    assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
+    net.train()(x, sigma)
+    weight = net.unet.out_conv.weight
+    assert not torch.equal(before['unet.out_conv.weight'], weight)
+    rms = weight.square().flatten(1).mean(dim=1).sqrt()
+    torch.testing.assert_close(rms, torch.ones_like(rms), rtol=2e-4, atol=0)
+
+
+def test_activations_are_clipped(tiny_config):
+    block = Block(16, 16, 32, tiny_config, 'dec').eval()
+    for p in block.parameters():
+        torch.nn.init.ones_(p)
+    out = block(torch.full((1, 16, 4, 4), 1e6), torch.ones(1, 32))
+    assert CLIP_ACTIVATIONS == 256 and out.max() == 256
+
+
+def test_one_noise_level_for_all_images(tiny_config):
+    net = golden_net('G*').eval()
+    x, _, labels = golden_inputs()
+    torch.testing.assert_close(net(x, torch.tensor(0.7), labels), net(x, torch.tensor([0.7, 0.7]), labels))
+
+
+@pytest.mark.parametrize('shape', [(16, 32), (24, 8)])
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_height_and_width_may_differ(shape, channels):
+    config = NetworkConfig(shape, channels, 0, 16, (1, 2), 1, (4,), 16)
+    x = torch.ones(2, channels, *shape)
+    assert Denoiser(config)(x, torch.ones(2)).shape == x.shape
+
+
+def test_dropout_acts_in_training_only(tiny_config):
+    net = Denoiser(replace(tiny_config, dropout=0.5))
+    torch.nn.init.ones_(net.unet.out_gain)
+    x, sigma = torch.ones(1, 1, 8, 8), torch.ones(1)
+    net.train()
+    with torch.random.fork_rng():
+        assert not torch.equal(net(x, sigma), net(x, sigma))
+    net.eval()
+    assert torch.equal(net(x, sigma), net(x, sigma))
+
+
+def test_all_problems_of_a_config_are_told_at_once():
+    with pytest.raises(UserError) as error:
+        NetworkConfig((16, 16), 3, 4, 32, dropout=1.5, block='G**').check()
+    assert len(error.value.problems) == 2 and 'G*' in str(error.value)
+    with pytest.raises(UserError, match='heads of 64 do not divide'):
+        NetworkConfig((16, 16), 3, 4, 40, (1, 2), attn_resolutions=()).check()
+    with pytest.raises(UserError, match='height divisible by 8, not 36'):
+        NetworkConfig((36, 64), 3, 4, 64).check()
+    with pytest.raises(UserError, match='unknown precision'):
+        Denoiser(NetworkConfig((8, 8), 1, 0, 64, (1, 2)), precision='fp61')

@@ -1,0 +1,131 @@
+"""Post-hoc EMA: golden numbers, the definition by numerical integration, reconstruction of known averages."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.integrate
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.phema import PowerEMA, combine, correlation, ema_beta, exp_to_std, solve, std_to_exp
+
+lengths = st.floats(0.01, 0.28)
+
+
+def test_golden_exponents(golden):
+    for std, exp in golden['phema']['std_to_exp'].items():
+        assert std_to_exp(float(std)) == pytest.approx(exp, rel=1e-12)
+
+
+def test_golden_betas(golden):
+    for case in golden['phema']['beta']:
+        assert ema_beta(case['std'], case['t_next'], case['t_delta']) == pytest.approx(case['beta'], rel=1e-12)
+
+
+def test_golden_coefficients(golden):
+    case = golden['phema']['solve']
+    for column, out_std in enumerate(case['out_std']):
+        solution = solve(case['in_t'], case['in_std'], case['out_t'], out_std)
+        np.testing.assert_allclose(solution.coefficients, np.array(case['coefs'])[:, column], atol=2e-9)
+
+
+@given(lengths)
+def test_lengths_and_exponents_are_inverse(std):
+    assert exp_to_std(std_to_exp(std)) == pytest.approx(std, rel=1e-10)
+
+
+@given(lengths)
+@settings(max_examples=20)
+def test_length_is_the_standard_deviation_of_the_profile(std):
+    exp = std_to_exp(std)
+    density = lambda t: (exp + 1) * t**exp  # noqa: E731
+    mean = scipy.integrate.quad(lambda t: t * density(t), 0, 1)[0]
+    variance = scipy.integrate.quad(lambda t: (t - mean) ** 2 * density(t), 0, 1)[0]
+    assert math.sqrt(variance) == pytest.approx(std, rel=1e-6)
+
+
+@given(st.floats(0.1, 1), lengths, st.floats(0.1, 1), lengths)
+@settings(max_examples=50)
+def test_correlation_is_the_integral_of_the_product(t_a, std_a, t_b, std_b):
+    exp_a, exp_b = std_to_exp(std_a), std_to_exp(std_b)
+
+    def product(t):
+        return (exp_a + 1) * (t / t_a) ** exp_a / t_a * (exp_b + 1) * (t / t_b) ** exp_b / t_b
+
+    end = min(t_a, t_b)
+    integral = scipy.integrate.quad(product, 0, end, points=[0.9 * end], epsabs=0, epsrel=1e-10)[0]
+    arrays = (np.float64(v) for v in (t_a, exp_a, t_b, exp_b))
+    assert float(correlation(*arrays)) == pytest.approx(integral, rel=1e-7)
+
+
+def test_tracking_weighs_the_past_by_the_power_function():
+    # Of theta(t) = t the average with density (g + 1) tau^g / t^(g + 1) is t (g + 1) / (g + 2), up to the steps' width.
+    theta = {'w': torch.zeros(1, dtype=torch.float64)}
+    ema = PowerEMA(theta, [0.05, 0.10])
+    steps = 2000
+    for step in range(1, steps + 1):
+        theta['w'][:] = step / steps
+        ema.update(theta, step * 64, 64)
+    for std in (0.05, 0.10):
+        exp = std_to_exp(std)
+        assert ema.averages[std]['w'].item() == pytest.approx((exp + 1) / (exp + 2), abs=1 / steps)
+
+
+def test_first_update_forgets_the_start():
+    ema = PowerEMA({'w': torch.full((2,), 100.0)}, [0.1])
+    ema.update({'w': torch.ones(2)}, 128, 128)
+    assert ema.averages[0.1]['w'].tolist() == [1, 1]
+
+
+def test_updates_of_any_interval_compose():
+    constant = {'w': torch.ones(1, dtype=torch.float64)}
+    results = []
+    for interval in (64, 256):
+        ema = PowerEMA({'w': torch.zeros(1, dtype=torch.float64)}, [0.1])
+        ema.update({'w': torch.zeros(1, dtype=torch.float64)}, 1024, 1024)
+        for nimg in range(1024 + interval, 2048 + 1, interval):
+            ema.update(constant, nimg, interval)
+        results.append(ema.averages[0.1]['w'].item())
+    assert results[0] == pytest.approx(results[1], rel=1e-12)
+
+
+def test_reconstruction_of_a_known_trajectory():
+    generator = torch.Generator().manual_seed(0)
+    dim, batch, snapshots, per = 50, 64, 32, 20
+    walk = torch.randn(snapshots * per, dim, generator=generator, dtype=torch.float64).cumsum(0) / 10
+    trend = torch.arange(1, snapshots * per + 1)[:, None] / (snapshots * per)
+    wanted = [0.03, 0.05, 0.075, 0.15, 0.20, 0.25]
+    exact = PowerEMA({'w': torch.zeros(dim, dtype=torch.float64)}, wanted)
+    stored = PowerEMA({'w': torch.zeros(dim, dtype=torch.float64)}, [0.05, 0.10])
+    times, stds, saved = [], [], []
+    for step, w in enumerate(walk + trend, start=1):
+        for ema in (exact, stored):
+            ema.update({'w': w}, step * batch, batch)
+        if step % per == 0:
+            for std, average in stored.averages.items():
+                times.append(step * batch)
+                stds.append(std)
+                saved.append(average['w'].clone())
+    for std in wanted:
+        solution = solve(times, stds, times[-1], std)
+        got = combine(saved, solution.coefficients)
+        error = (got - exact.averages[std]['w']).norm() / (exact.averages[std]['w'] - w).norm()
+        assert error < 0.02, (std, error)
+        assert solution.coefficients.sum() == pytest.approx(1)
+
+
+def test_stored_profile_is_returned_as_it_is():
+    times, stds = [1, 1, 2, 2, 3, 3], [0.05, 0.10] * 3
+    solution = solve(times, stds, 3, 0.05)
+    np.testing.assert_allclose(solution.coefficients, [0, 0, 0, 0, 1, 0], atol=1e-10)
+    assert solution.error < 1e-6 and solution.amplification == pytest.approx(1)
+
+
+def test_error_is_the_distance_of_the_profiles():
+    # One snapshot for another length: by hand from the correlations of the two profiles.
+    solution = solve([1], [0.1], 1, 0.2)
+    a, b = std_to_exp(0.1), std_to_exp(0.2)
+    aa, ab, bb = (a + 1) ** 2 / (2 * a + 1), (a + 1) * (b + 1) / (a + b + 1), (b + 1) ** 2 / (2 * b + 1)
+    assert solution.error == pytest.approx(math.sqrt((aa - 2 * ab + bb) / bb), rel=1e-9)

@@ -1,0 +1,1 @@
+"""What needs torch but not this project: distributed start-up, tensor files, random streams."""

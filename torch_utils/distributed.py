@@ -1,0 +1,69 @@
+"""One process or many: the same calls work with and without torchrun."""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def init(device: str | None = None) -> torch.device:
+    """Join the process group that torchrun describes, if there is one, and choose this rank's device.
+
+    Args:
+        device: `cpu`, `cuda`, `cuda:1`, ...; None takes this rank's GPU where there is one.
+
+    Returns:
+        The device that this rank shall use.
+    """
+    local_rank = int(os.environ.get('LOCAL_RANK', '0'))
+    name = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    chosen = torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
+    if chosen.type == 'cuda':
+        torch.cuda.set_device(chosen)
+    if int(os.environ.get('WORLD_SIZE', '1')) > 1 and not dist.is_initialized():
+        backend = 'nccl' if chosen.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    return chosen
+
+
+def close() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks in place and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """Take the elementwise maximum over all ranks in place and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def print0(*args, **kwargs) -> None:
+    """Print on rank 0 only, at once."""
+    if rank() == 0:
+        print(*args, **kwargs, flush=True)

@@ -1,0 +1,79 @@
+"""Named tensors and a JSON header in one safetensors file; no pickle on either side."""
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy
+import safetensors
+import safetensors.torch
+import torch
+
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_path
+
+HEADER_KEY = 'edm2plus'  # the one metadata entry that is ours; its value is JSON
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+    """Write named tensors with `header` (anything JSON can say), whole or not at all."""
+    assert len({t.untyped_storage().data_ptr() for t in tensors.values() if t.numel()}) == sum(
+        t.numel() > 0 for t in tensors.values()
+    ), 'tensors that share memory would be written twice'
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {HEADER_KEY: json.dumps({**header, 'versions': library_versions()})}
+    with atomic_path(path) as beside:
+        safetensors.torch.save_file(contiguous, beside, metadata)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a result depends on, for the headers of files."""
+    return {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': numpy.__version__}
+
+
+class TensorFile:
+    """An open safetensors file of ours: its header at once, its tensors one by one as they are asked for.
+
+    Args:
+        path: The file.
+        kind: What the caller needs, for error messages: `network file`, `training state`.
+
+    Attributes:
+        header: The JSON object written by `save_tensors`.
+        names: Names of the tensors, sorted.
+
+    Raises:
+        UserError: where the file is not a safetensors file, is cut short, or has no header of ours.
+        OSError: where it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike, kind: str = 'network file'):
+        self.path = os.fspath(path)
+        with open(self.path, 'rb'):  # an OSError that names the file
+            pass
+        try:
+            self._file = safetensors.safe_open(self.path, framework='pt')
+            metadata = self._file.metadata() or {}
+            self.header: dict[str, Any] = json.loads(metadata[HEADER_KEY])
+        except safetensors.SafetensorError as error:
+            raise UserError(f'{self.path} is not a {kind} (a safetensors file): {error}') from None
+        except (KeyError, json.JSONDecodeError):
+            raise UserError(f'{self.path} is not a {kind}: its header does not say what it is') from None
+        self.names: list[str] = sorted(self._file.keys())
+
+    def __enter__(self) -> 'TensorFile':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._file
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor of that name, in the dtype it was stored in."""
+        return self._file.get_tensor(name)
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors with their names, read one by one."""
+        for name in self.names:
+            yield name, self.get(name)

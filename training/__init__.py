@@ -1,0 +1,1 @@
+"""Training: datasets, loss, schedules, EMA and the loop."""

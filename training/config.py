@@ -1,0 +1,193 @@
+"""What a training run is: built from a preset and flags, checked whole before anything starts."""
+
+import dataclasses
+from typing import Any
+
+from diffusion.noise import LogNormal
+from dnnlib.errors import UserError, unknown_choice
+from networks.config import NetworkConfig
+from networks.denoiser import PRECISIONS
+from training.learning_rate import LearningRate
+from training.phema import STD_LIMIT
+from training.presets import Preset, get_preset
+
+# Fields that a continued run may change: none of them alters what is learned from the next image.
+FREE_TO_CHANGE = {'duration', 'micro_batch', 'snapshot', 'checkpoint', 'status', 'preview', 'workers', 'data'}
+KIMG = 1000  # file names of snapshots and states count in thousands of images
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run. All intervals and times are in images.
+
+    Args:
+        preset: Name of the recipe it was made from.
+        data: Path of the dataset archive.
+        dataset: Name of the dataset.
+        fingerprint: Of the dataset's content.
+        network: What is trained.
+        levels: Distribution of noise levels.
+        learning_rate: Over time.
+        duration: Length of the run.
+        batch: Images in a step, over all ranks and accumulation rounds.
+        micro_batch: Images that one rank processes at once; None for as many as its share of the batch.
+        ema_stds: Lengths of the power-function EMAs.
+        snapshot, checkpoint, status, preview: Intervals of EMA snapshots, full states, status lines, sample grids.
+        precision: Of the network's features.
+        seed: Of initial weights, data order and noise.
+        workers: Processes that load data beside each rank.
+    """
+
+    preset: str
+    data: str
+    dataset: str
+    fingerprint: str
+    network: NetworkConfig
+    levels: LogNormal
+    learning_rate: LearningRate
+    duration: int
+    batch: int
+    micro_batch: int | None = None
+    ema_stds: tuple[float, ...] = (0.050, 0.100)
+    snapshot: int = 8 * 2**20
+    checkpoint: int = 128 * 2**20
+    status: int = 128 * 2**10
+    preview: int = 8 * 2**20
+    precision: str = 'fp32'
+    seed: int = 0
+    workers: int = 0
+
+    def micro_batch_for(self, world_size: int) -> int:
+        """Images that one rank processes at once when there are `world_size` of them."""
+        return self.micro_batch or self.batch // world_size
+
+    def check(self, world_size: int = 1) -> 'TrainConfig':
+        """Return self.
+
+        Raises:
+            UserError: with all problems, if there are any.
+        """
+        if found := [*self.network.problems(), *self._problems(), *self._batch_problems(world_size)]:
+            raise UserError(found)
+        return self
+
+    def _problems(self) -> list[str]:
+        found = []
+        for name in ('duration', 'snapshot', 'checkpoint', 'status', 'preview'):
+            interval = getattr(self, name)
+            if interval < self.batch or interval % self.batch:
+                near = max(round(interval / self.batch), 1) * self.batch
+                found.append(
+                    f'{name} must be a multiple of the batch ({self.batch} images), not {interval} (try {near})'
+                )
+        for name in ('snapshot', 'checkpoint'):
+            if getattr(self, name) < KIMG:
+                found.append(f'{name} must be at least {KIMG} images, for its files are named by thousands')
+        for std in self.ema_stds:
+            if not 0 < std < STD_LIMIT:
+                found.append(f'EMA lengths must be between 0 and {STD_LIMIT:.4f}, not {std}')
+        if len({f'{std:.3f}' for std in self.ema_stds}) < max(len(self.ema_stds), 1):
+            found.append(
+                f'EMA lengths must differ in their first three decimals, at least one is needed: {self.ema_stds}'
+            )
+        if self.precision not in PRECISIONS:
+            found.append(unknown_choice('precision', self.precision, PRECISIONS))
+        if self.learning_rate.ref <= 0 or self.learning_rate.decay < 0 or self.learning_rate.rampup < 0:
+            found.append(
+                f'a positive learning rate, decay and ramp-up of at least 0 are needed, not {self.learning_rate}'
+            )
+        if self.levels.P_std <= 0:
+            found.append(f'P_std must be positive, not {self.levels.P_std}')
+        if self.seed < 0:
+            found.append(f'seed must be at least 0, not {self.seed}')
+        if self.workers < 0:
+            found.append(f'workers must be at least 0, not {self.workers}')
+        return found
+
+    def _batch_problems(self, world_size: int) -> list[str]:
+        share, rest = divmod(self.batch, world_size)
+        if self.batch < 1 or rest:
+            return [f'the batch must be a multiple of the number of ranks ({world_size}), not {self.batch}']
+        micro = self.micro_batch_for(world_size)
+        if micro < 1 or share % micro:
+            near = [n for n in range(1, share + 1) if share % n == 0]
+            near = sorted(near, key=lambda n: (abs(n - micro), n))[:2]
+            hint = ' or '.join(map(str, near))
+            return [f'{share} images per step and rank are no multiple of batch-gpu {micro} (try {hint})']
+        return []
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, for the run folder and the training states."""
+        return dataclasses.asdict(self)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = '') -> list[str]:
+    """One line for each field in which two configs (as JSON values) differ, those free to change left out."""
+    lines = []
+    for name in dict.fromkeys([*old, *new]):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f'{prefix}{name}.')
+        elif prefix + name not in FREE_TO_CHANGE and _plain(a) != _plain(b):
+            lines.append(f'{prefix}{name} is {b}, was {a}')
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_preset(
+    name: str,
+    *,
+    data: str,
+    dataset: str,
+    fingerprint: str,
+    image_shape: tuple[int, int, int],
+    label_dim: int,
+    overrides: dict[str, Any],
+) -> TrainConfig:
+    """Make the config of a run.
+
+    Args:
+        name: Of the preset.
+        data, dataset, fingerprint: Path, name and content hash of the dataset.
+        image_shape: (C, H, W) of its images.
+        label_dim: Its number of classes, 0 to train without labels.
+        overrides: Values that replace the preset's or the defaults, by the names of `Preset` and `TrainConfig`.
+
+    Raises:
+        UserError: where there is no such preset.
+    """
+    preset = get_preset(name)
+    in_preset = {field.name for field in dataclasses.fields(Preset)}
+    preset = dataclasses.replace(preset, **{k: v for k, v in overrides.items() if k in in_preset})
+    rest = {k: v for k, v in overrides.items() if k not in in_preset}
+    network = NetworkConfig(
+        img_resolution=image_shape[1:],
+        img_channels=image_shape[0],
+        label_dim=label_dim,
+        model_channels=preset.channels,
+        channel_mult=preset.channel_mult,
+        num_blocks=preset.num_blocks,
+        attn_resolutions=preset.attn_resolutions,
+        channels_per_head=preset.channels_per_head,
+        block=preset.block,
+        dropout=preset.dropout,
+    )
+    return TrainConfig(
+        preset=name,
+        data=data,
+        dataset=dataset,
+        fingerprint=fingerprint,
+        network=network,
+        levels=LogNormal(preset.P_mean, preset.P_std),
+        learning_rate=LearningRate(preset.lr, preset.decay, preset.rampup),
+        duration=preset.duration,
+        batch=preset.batch,
+        snapshot=preset.snapshot,
+        checkpoint=preset.checkpoint,
+        status=preset.status,
+        preview=preset.preview,
+        **rest,
+    )
