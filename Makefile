@@ -34,9 +34,9 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	python dataset_tool.py convert --source=digits --dest=demo/digits.zip --overwrite
 	python train.py --preset=edm2plus-digits --data=demo/digits.zip --outdir=demo/run
-	python reconstruct_phema.py --indir=demo/run --outstd=0.150
-	python generate.py --net=demo/run/phema-0000073-0.150.safetensors --seeds=0-99 --class=0-9 --outdir=demo/samples
-	python calculate_metrics.py gen --net=demo/run/phema-0000073-0.150.safetensors --ref=demo/digits.zip \
+	python reconstruct_phema.py --indir=demo/run --outstd=0.120
+	python generate.py --net=demo/run/phema-0000065-0.120.safetensors --seeds=0-99 --class=0-9 --outdir=demo/samples
+	python calculate_metrics.py gen --net=demo/run/phema-0000065-0.120.safetensors --ref=demo/digits.zip \
 		--metrics=fd_pixels,class_agreement --seeds=0-1796 --json=demo/metrics.json
 	@echo
 	@echo 'Generated digits, a class per column:  demo/samples-grid.png'

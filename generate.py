@@ -20,7 +20,7 @@ from torch_utils.tensor_files import library_versions
 
 EPILOG = """\b
 Examples:
-  python generate.py --net=runs/digits/phema-0000073-0.075.safetensors --seeds=0-99 --class=0-9 --outdir=out/digits
+  python generate.py --net=runs/digits/phema-0000065-0.120.safetensors --seeds=0-99 --class=0-9 --outdir=out/digits
   torchrun --standalone --nproc_per_node=8 generate.py --net=FILE --seeds=0-49999 --outdir=out/fid --subdirs
 """
 

@@ -18,7 +18,8 @@ def normalize(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Ten
             `(1,)` on a feature map is pixel norm (EDM2 eq. 30).
     """
     dims = tuple(range(1, x.ndim)) if dims is None else dims
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
     norm = torch.add(NORM_EPS, norm, alpha=math.sqrt(norm.numel() / x.numel()))
     return x / norm.to(x.dtype)
 

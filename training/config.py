@@ -9,7 +9,7 @@ from networks.config import NetworkConfig
 from networks.denoiser import PRECISIONS
 from training.learning_rate import LearningRate
 from training.phema import STD_LIMIT
-from training.presets import Preset, get_preset
+from training.presets import Preset, get_preset, network_config
 
 # Fields that a continued run may change: none of them alters what is learned from the next image.
 FREE_TO_CHANGE = {'duration', 'micro_batch', 'snapshot', 'checkpoint', 'status', 'preview', 'workers', 'data'}
@@ -163,17 +163,8 @@ def from_preset(
     in_preset = {field.name for field in dataclasses.fields(Preset)}
     preset = dataclasses.replace(preset, **{k: v for k, v in overrides.items() if k in in_preset})
     rest = {k: v for k, v in overrides.items() if k not in in_preset}
-    network = NetworkConfig(
-        img_resolution=image_shape[1:],
-        img_channels=image_shape[0],
-        label_dim=label_dim,
-        model_channels=preset.channels,
-        channel_mult=preset.channel_mult,
-        num_blocks=preset.num_blocks,
-        attn_resolutions=preset.attn_resolutions,
-        channels_per_head=preset.channels_per_head,
-        block=preset.block,
-        dropout=preset.dropout,
+    network = dataclasses.replace(
+        network_config(preset), img_resolution=image_shape[1:], img_channels=image_shape[0], label_dim=label_dim
     )
     return TrainConfig(
         preset=name,

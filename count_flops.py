@@ -1,0 +1,125 @@
+"""What a network costs: parameters, operations, memory, without allocating it."""
+
+import dataclasses
+import json
+
+import click
+
+from dnnlib import cli
+from dnnlib.errors import UserError
+from networks.complexity import Complexity, complexity, saved_bytes
+from networks.config import NetworkConfig
+from networks.files import read_info
+from training.presets import get_preset, network_config
+from training.published import TABLES, PublishedRow
+
+EPILOG = """\b
+Examples:
+  python count_flops.py --preset=edm2plus-img64-s
+  python count_flops.py --net=runs/digits/phema-0000065-0.120.safetensors --json
+  python count_flops.py --tables
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.option('--preset', metavar='NAME', help='Training preset.')
+@click.option('--net', 'net_path', metavar='FILE', help='Network file.')
+@click.option('--tables', is_flag=True, help="The size columns of the EDM2+ paper's tables beside ours, as Markdown.")
+@click.option('--json', 'as_json', is_flag=True, help='For programs.')
+def main(preset, net_path, tables, as_json):
+    """Count parameters, operations and memory of one forward pass at batch 1.
+
+    GFLOPs are in the papers' convention (EDM2 appendix D.5): the formulas as they are written, a multiply-accumulate
+    counts as one. No weight is allocated.
+    """
+    if sum(map(bool, (preset, net_path, tables))) != 1:
+        raise UserError('give one of --preset=NAME, --net=FILE and --tables')
+    if tables:
+        click.echo(json.dumps(_tables_json(), indent=2) if as_json else _tables_markdown())
+        return
+    config = network_config(get_preset(preset)) if preset else read_info(net_path).config
+    cost = complexity(config)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {'config': config.to_json(), **dataclasses.asdict(cost), 'saved_bytes': saved_bytes(config)}, indent=2
+            )
+        )
+    else:
+        click.echo(_report(config, cost))
+
+
+def _report(config: NetworkConfig, cost: Complexity) -> str:
+    """The numbers for people."""
+    shape = 'x'.join(map(str, (config.img_channels, *config.img_resolution)))
+    lines = [
+        f'block {config.block}, {config.model_channels} channels, images {shape}, {config.label_dim} classes',
+        '',
+        f'{"parameters":<44}{cost.parameters / 1e6:12.2f} M',
+        f'{"operations, papers convention":<44}{cost.operations / 1e9:12.2f} GFLOPs',
+        f'{"multiply-accumulates of convolutions, matmuls":<44}{cost.macs / 1e9:11.2f} G',
+        f'{"activations of one forward pass, at their peak":<44}{cost.peak_bytes / 2**20:10.1f} MiB',
+        f'{"activations kept for training, per image":<44}{saved_bytes(config) / 2**20:12.1f} MiB',
+    ]
+    for title, shares in (('operation', cost.by_kind), ('resolution', cost.by_place)):
+        lines += ['', f'{title:<44}{"GFLOPs":>12}{"share":>9}']
+        rows = [(name, n) for name, n in shares.items() if n >= 1e-4 * cost.operations]
+        lines += [f'{name:<44}{n / 1e9:12.3f}{n / cost.operations:9.2%}' for name, n in rows]
+    return '\n'.join(lines)
+
+
+def _sizes(row: PublishedRow, counted: dict[NetworkConfig, Complexity]) -> tuple[float, float]:
+    """Mparams and GFLOPs of a row's networks together; `counted` remembers those of earlier rows."""
+    mparams = gflops = 0.0
+    for name in row.presets:
+        name, _, label_dim = name.partition('/')
+        config = network_config(get_preset(name))
+        if label_dim:
+            config = dataclasses.replace(config, label_dim=int(label_dim))
+        if config not in counted:
+            counted[config] = complexity(config)
+        mparams += counted[config].parameters / 1e6
+        gflops += counted[config].operations / 1e9
+    return mparams, gflops
+
+
+def _as_printed(value: float, printed: str) -> str:
+    """`value` with as many decimals as the paper prints."""
+    return f'{value:.{len(printed.partition(".")[2])}f}'
+
+
+def _tables_json() -> list[dict]:
+    result, counted = [], {}
+    for table in TABLES:
+        rows = []
+        for row in table.rows:
+            mparams, gflops = _sizes(row, counted)
+            rows.append({**dataclasses.asdict(row), 'our_mparams': mparams, 'our_gflops': gflops})
+        result.append({'title': table.title, 'rows': rows})
+    return result
+
+
+def _tables_markdown() -> str:
+    lines, notes, counted = [], [], {}
+    for table in TABLES:
+        lines += [f'### {table.title}', '']
+        lines += [
+            '| Architecture | Mparams | paper | GFLOPs | paper | FID-50K (paper) |',
+            '|---|---:|---:|---:|---:|---:|',
+        ]
+        for row in table.rows:
+            cells = []
+            for value, printed in zip(_sizes(row, counted), (row.mparams, row.gflops), strict=True):
+                ours = _as_printed(value, printed)
+                if ours != printed:
+                    notes.append(f'{row.label}: {value:.2f} here, {printed} in the paper. {row.note}'.strip())
+                    ours += f' [{len(notes)}]'
+                cells += [ours, printed]
+            lines.append(f'| {row.label} | {" | ".join(cells)} | {row.fid} |')
+        lines.append('')
+    lines += [f'[{i}] {note}' for i, note in enumerate(notes, start=1)]
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    cli.run(main)

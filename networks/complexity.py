@@ -1,0 +1,215 @@
+"""What a network costs: parameters, floating-point operations, memory; counted on the meta device, without weights.
+
+The convention is that of EDM2 appendix D.5: one forward pass at batch 1 of the formulas as they are written, weight
+normalization included. A multiply-accumulate counts as one operation.
+"""
+
+import dataclasses
+import re
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from networks.config import NetworkConfig
+from networks.denoiser import Denoiser
+
+aten = torch.ops.aten
+
+# Operations for each element of the output, where that is all that matters.
+PER_OUTPUT = {
+    **dict.fromkeys((aten.add, aten.mul, aten.div, aten.sqrt, aten.log, aten.cos, aten.pow, aten.reciprocal), 1),
+    aten.silu: 3,
+    **dict.fromkeys((aten.lerp, aten.clamp), 2),
+    **dict.fromkeys((aten.avg_pool2d, aten.upsample_nearest2d), 4),
+}
+# Reshapes, copies, casts, indexing and constants cost nothing.
+FREE = {
+    *(aten.view, aten._unsafe_view, aten.permute, aten.transpose, aten.t, aten.expand, aten.unsqueeze, aten.select),
+    *(aten.clone, aten._to_copy, aten.cat, aten.ones_like, aten.new_zeros, aten.unbind, aten.slice, aten.empty_like),
+    *(aten.detach, aten.alias),
+}
+
+
+def operation_cost(func: Any, args: tuple, out: Any) -> tuple[str, int, int]:
+    """Kind, operations and multiply-accumulates of one operator call.
+
+    Raises:
+        NotImplementedError: for an operator that nobody has assigned a cost, so that none is missed in silence.
+    """
+    packet, size = func.overloadpacket, out.numel() if isinstance(out, torch.Tensor) else 0
+    kind = packet.__name__.strip('_')
+    if packet is aten.convolution:
+        weight = args[1]
+        macs = size * weight[0].numel()  # weight: [Cout, Cin / groups, kh, kw]
+        depthwise = args[8] > 1
+        kind = 'depthwise convolution' if depthwise else f'{weight.shape[2]}x{weight.shape[3]} convolution'
+        return kind, macs, macs
+    if packet is aten.mm:
+        macs = size * args[0].shape[-1]
+        return 'linear', macs, macs
+    if packet is aten.linalg_vector_norm:
+        return 'norm', args[0].numel(), 0
+    if packet in PER_OUTPUT:
+        return kind, PER_OUTPUT[packet] * size, 0
+    if packet in FREE:
+        return kind, 0, 0
+    raise NotImplementedError(f'no cost is known for {func}')
+
+
+def attention_cost(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
+    """Operations and multiply-accumulates of softmax(q k / sqrt(d)) v for [N, heads, L, d], written out."""
+    scores = q.numel() // q.shape[-1] * k.shape[-2]
+    macs = 2 * scores * q.shape[-1]
+    return macs + k.numel() + 3 * scores, macs
+
+
+class _AttentionCounter(TorchFunctionMode):
+    """Counts attention as one operation, whichever operators this machine's implementation is made of."""
+
+    def __init__(self, counter: '_Counter'):
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.counter.add('attention', *attention_cost(args[0], args[1]))
+        self.counter.paused = True
+        out = func(*args, **(kwargs or {}))
+        self.counter.paused = False
+        return out
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operators while it is active, and the memory of the tensors that they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = 'embedding'
+        self.by_kind: Counter[str] = Counter()
+        self.by_place: Counter[str] = Counter()
+        self.macs = 0
+        self.paused = False
+        self.live: dict[int, int] = {}
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, tuple | list) else out
+        if not self.paused:
+            self.add(*operation_cost(func, args, first))
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in inputs:
+                self._track(tensor.untyped_storage())
+        return out
+
+    def add(self, kind: str, operations: int, macs: int) -> None:
+        """Count operations at the current place."""
+        if operations:
+            self.by_kind[kind] += operations
+            self.by_place[self.place] += operations
+            self.macs += macs
+
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.live:
+            return
+        self.live[key] = size
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        self.bytes -= self.live.pop(key, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Complexity:
+    """What one forward pass at batch 1 costs.
+
+    Attributes:
+        parameters: Number of trained weights.
+        operations: In the papers' convention.
+        macs: Multiply-accumulates of convolutions, linear layers and attention alone.
+        peak_bytes: Most memory held at once by what the pass computes, weights in use included, parameters not.
+        by_kind, by_place: Operations by kind of operator, and by resolution.
+    """
+
+    parameters: int
+    operations: int
+    macs: int
+    peak_bytes: int
+    by_kind: dict[str, int]
+    by_place: dict[str, int]
+
+
+def complexity(config: NetworkConfig, precision: str = 'fp32') -> Complexity:
+    """Count what a network costs, without allocating it.
+
+    Raises:
+        UserError: where the config cannot be built.
+    """
+    net, inputs = _without_weights(config, precision)
+    counter = _Counter()
+    hooks = [
+        module.register_forward_pre_hook(_enter(counter, name))
+        for name, module in [*net.unet.enc.items(), *net.unet.dec.items(), ('output', net.unet.out_conv)]
+    ]
+    with torch.no_grad(), counter, _AttentionCounter(counter):
+        net(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return Complexity(
+        parameters=sum(p.numel() for p in net.parameters()),
+        operations=sum(counter.by_kind.values()),
+        macs=counter.macs,
+        peak_bytes=counter.peak,
+        by_kind=dict(counter.by_kind.most_common()),
+        by_place=dict(counter.by_place),
+    )
+
+
+def _enter(counter: _Counter, name: str):
+    match = re.match(r'\d+x\d+', name)
+
+    def hook(module, args):
+        counter.place = match[0] if match else name
+
+    return hook
+
+
+def _without_weights(config: NetworkConfig, precision: str) -> tuple[Denoiser, tuple]:
+    """A network on the meta device, and inputs for it at batch 1."""
+    with torch.device('meta'):
+        net = Denoiser(config, precision=precision).eval()
+        x = torch.empty(1, config.img_channels, *config.img_resolution)
+        labels = torch.empty(1, config.label_dim) if config.label_dim else None
+        return net, (x, torch.empty(1), labels)
+
+
+def saved_bytes(config: NetworkConfig, precision: str = 'fp32') -> int:
+    """Bytes that a training pass keeps per image for its gradients, each memory once, parameters left out.
+
+    Raises:
+        UserError: where the config cannot be built.
+    """
+    net, inputs = _without_weights(config, precision)
+    parameters = {p.untyped_storage()._cdata for p in net.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            saved[storage._cdata] = storage  # held, so that no address is used twice
+        return tensor
+
+    net.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        net(*inputs)
+    return sum(storage.nbytes() for storage in saved.values())

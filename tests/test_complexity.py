@@ -1,0 +1,114 @@
+"""Counts against the papers' tables, and the counter against what can be counted by hand."""
+
+import json
+
+import pytest
+import torch
+
+from networks.complexity import attention_cost, complexity, saved_bytes
+from networks.config import NetworkConfig
+from networks.denoiser import Denoiser
+from training.presets import PRESETS, get_preset, network_config
+from training.published import TABLES
+
+ROWS = {row.presets: row for table in TABLES for row in table.rows}
+KNOWN_TO_DIFFER = {('edm2plus-img64-s', 'edm2plus-img64-xs/0'), ('edm2plus-img64-xl',)}  # each with a note
+
+
+@pytest.fixture(scope='module')
+def tables(tmp_path_factory):
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT
+
+    process = subprocess.run(
+        [sys.executable, '-W', 'error', str(ROOT / 'count_flops.py'), '--tables', '--json'],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(process.stdout)
+
+
+def test_tables_of_the_paper_to_the_last_digit(tables):
+    seen = 0
+    for table in tables:
+        for row in table['rows']:
+            digits = len(row['mparams'].partition('.')[2])
+            agrees = [
+                f'{ours:.{digits}f}' == row[name]
+                for name, ours in (('mparams', row['our_mparams']), ('gflops', row['our_gflops']))
+            ]
+            if tuple(row['presets']) in KNOWN_TO_DIFFER:
+                assert agrees == [False, True] and row['note'], row
+            else:
+                assert all(agrees), row
+            seen += 1
+    assert seen == 10 + 6 + 9
+
+
+def test_largest_model():
+    """EDM2 table 2 and appendix D.5: XXL at 512x512, and the operators that dominate it, in gigaflops."""
+    cost = complexity(network_config(get_preset('edm2-img512-xxl')))
+    assert round(cost.parameters / 1e6, 1) == 1523.2 and round(cost.operations / 1e9, 1) == 552.1
+    kinds = {kind: n / 1e9 for kind, n in cost.by_kind.items()}
+    resampling = kinds['avg_pool2d'] + kinds['upsample_nearest2d']  # convolutions there
+    assert kinds['3x3 convolution'] + kinds['1x1 convolution'] + resampling == pytest.approx(545.50, abs=0.005)
+    assert kinds['norm'] == pytest.approx(1.54, abs=0.005)
+    assert sum(cost.by_kind.values()) == sum(cost.by_place.values()) == cost.operations
+
+
+def test_parameters_are_those_of_the_network(tiny_config):
+    assert complexity(tiny_config).parameters == sum(p.numel() for p in Denoiser(tiny_config).parameters())
+
+
+def test_multiply_accumulates_by_hand():
+    # One level, one block: everything at 4x4 with 8 channels, all of them in heads of 8.
+    config = NetworkConfig((4, 4), 1, 0, 8, (1,), 1, (), 8, block='A')
+    conv, pixels = 9 * 8 * 8 * 16, 16
+    blocks = 5  # enc block0, dec in0, in1, block0, block1
+    skips = 2 * 16 * 8 * pixels + 2 * 9 * 8 * 8 * pixels  # the wider input of two decoder blocks: conv_skip, conv_res0
+    first_and_last = 9 * 2 * 8 * pixels + 9 * 8 * 1 * pixels
+    attention = (24 * 8 + 8 * 8) * pixels + 2 * pixels * pixels * 8  # in0 only
+    embedding = 8 * 8 + blocks * 8 * 8
+    expected = 2 * blocks * conv + skips + first_and_last + attention + embedding
+    assert complexity(config).macs == expected
+
+
+def test_attention_by_hand():
+    q = torch.empty(1, 2, 6, 4)  # 2 heads, 6 pixels, 4 channels
+    macs = 2 * (2 * 6 * 6 * 4)
+    assert attention_cost(q, q) == (macs + 48 + 3 * 72, macs)
+
+
+def test_memory(tiny_config):
+    narrow, wide = complexity(tiny_config), complexity(NetworkConfig((8, 8), 1, 10, 32, (1, 2), 1, (4,), 16))
+    assert wide.peak_bytes > narrow.peak_bytes
+    # At least the input of each of the blocks' SiLUs, in float32: 16 channels at 8x8 in four blocks, two in each.
+    assert saved_bytes(tiny_config) > 4 * 2 * 16 * 64 * 4
+    assert saved_bytes(tiny_config, 'bf16') < 0.75 * saved_bytes(tiny_config)
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_sizes_of_all_presets(name):
+    """Parameters in millions and GFLOPs as EDM2 table 6 and spec/edm2.md print them, for rows that no table has."""
+    printed = {
+        'edm2-img512-xs': ('124.7', '45.5'),
+        'edm2-img512-s': ('280.2', '101.9'),  # EDM2 prints 102.2, which no count of the formulas gives
+        'edm2-img512-m': ('497.8', '180.8'),
+        'edm2-img512-l': ('777.5', '282.1'),  # EDM2 prints 282.2
+        'edm2-img512-xl': ('1119.3', '405.9'),
+        'edm2-img64-m': ('497.8', '180.8'),
+        'edm2-img64-l': ('777.5', '282.1'),
+        'edm2-img64-xl': ('1119.3', '405.8'),  # EDM2 prints 405.9
+        'edm2plus-img64-m': ('273.21', '89.00'),
+        'edm2plus-img64-xs': ('68.69', '22.71'),
+        'edm2plus-img64-l': ('426.40', '138.49'),
+        'edm2plus-img64-xl': ('613.55', '198.88'),
+    }
+    if name not in printed:
+        with torch.device('meta'):
+            Denoiser(network_config(get_preset(name)))
+        return
+    cost = complexity(network_config(get_preset(name)))
+    for value, text in zip((cost.parameters / 1e6, cost.operations / 1e9), printed[name], strict=True):
+        assert f'{value:.{len(text.partition(".")[2])}f}' == text

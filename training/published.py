@@ -1,0 +1,86 @@
+"""Sizes and quality of the papers' models, as printed, to hold ours against."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedRow:
+    """A row of a table.
+
+    Args:
+        label: What the paper calls it.
+        presets: Ours; several are networks that are used together; `NAME/0` is that preset without classes.
+        mparams, gflops: As printed, with the digits printed.
+        fid: FID-50K as printed.
+        note: Why ours differ, where they do.
+    """
+
+    label: str
+    presets: tuple[str, ...]
+    mparams: str
+    gflops: str
+    fid: str
+    note: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedTable:
+    """A table of the EDM2+ paper."""
+
+    title: str
+    rows: tuple[PublishedRow, ...]
+
+
+_S = 'edm2plus-img64-s'
+_BASELINE = PublishedRow('A conv, c192 (baseline reproduced)', ('edm2-img64-s',), '280.21', '101.90', '1.63')
+_DSTAR = PublishedRow('D* dsconv, e4, linear bottleneck', (f'{_S}-dstar',), '195.59', '51.09', '1.60')
+_GUIDE_NOTE = (
+    'The unconditional XS guide has 68.18 by the same definition that gives all other rows; 213 cannot be derived.'
+)
+_F = PublishedRow('F +dwconv at the end', (f'{_S}-f',), '195.76', '51.26', '1.68')
+_G = PublishedRow('G -dwconv in the middle', (f'{_S}-g',), '195.11', '50.61', '1.66')
+
+TABLES = (
+    PublishedTable(
+        'Table 1: the denoising network block',
+        (
+            PublishedRow('baseline (original publication)', ('edm2-img64-s',), '280.21', '101.90', '1.58'),
+            _BASELINE,
+            PublishedRow('B dwconv, c384', (f'{_S}-b',), '252.28', '51.13', '1.81'),
+            PublishedRow('C dsconv, e6', (f'{_S}-c',), '273.99', '72.52', '1.75'),
+            PublishedRow('D dsconv, e6, linear bottleneck', (f'{_S}-d',), '273.99', '72.44', '1.57'),
+            _DSTAR,
+            PublishedRow('E mbconv, e6', (f'{_S}-e',), '273.76', '72.27', '1.63'),
+            PublishedRow('E⋄ mbconv, e6, k7', (f'{_S}-ek7',), '278.05', '75.27', '1.64'),
+            _F,
+            _G,
+        ),
+    ),
+    PublishedTable(
+        'Table 2: embedding and denoising network',
+        (
+            _BASELINE,
+            _DSTAR,
+            _F,
+            PublishedRow('F* +dwconv at the end, embed bottleneck', (f'{_S}-fstar',), '154.61', '51.05', '1.60'),
+            _G,
+            PublishedRow('G* -dwconv in the middle, embed bottleneck', (_S,), '153.97', '50.41', '1.58'),
+        ),
+    ),
+    PublishedTable(
+        'Table 3: EDM2 and EDM2+ on ImageNet at 64x64, deterministic sampling',
+        (
+            PublishedRow('EDM2-S', ('edm2-img64-s',), '280', '102', '1.58'),
+            PublishedRow('EDM2-S + autoguidance(XS)', ('edm2-img64-s', 'edm2-img64-xs'), '405', '147', '1.01'),
+            PublishedRow('EDM2-M', ('edm2-img64-m',), '498', '181', '1.43'),
+            PublishedRow('EDM2-L', ('edm2-img64-l',), '777', '282', '1.33'),
+            PublishedRow('EDM2-XL', ('edm2-img64-xl',), '1119', '406', '1.33'),
+            PublishedRow('EDM2+-S', (_S,), '154', '50', '1.58'),
+            PublishedRow('EDM2+-S + autoguidance(XS)', (_S, 'edm2plus-img64-xs/0'), '213', '73', '1.00', _GUIDE_NOTE),
+            PublishedRow('EDM2+-L', ('edm2plus-img64-l',), '426', '138', '1.33'),
+            PublishedRow(
+                'EDM2+-XL', ('edm2plus-img64-xl',), '613', '199', '1.33', 'The paper cuts instead of rounding.'
+            ),
+        ),
+    ),
+)
