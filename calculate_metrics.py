@@ -25,7 +25,7 @@ from metrics.registry import (
     select_metrics,
 )
 from networks.files import load_network
-from sampling.pipeline import SamplerConfig, generate
+from sampling.pipeline import SamplerConfig, check_fit, generate
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
 from training.dataset import ImageDataset
@@ -89,9 +89,10 @@ def calc(images: str, ref: str, metrics: str, json_path: Path | None, batch: int
 @metrics_option
 @click.option('--seeds', help='An image for each.', type=cli.INTS, default='0-49999', show_default=True)
 @click.option('--steps', help='Sampling steps.', type=int, default=32, show_default=True)
+@click.option('--precision', help='Of the features.', metavar='fp32|bf16|fp16', default='fp32', show_default=True)
 @click.option('--json', 'json_path', help='Write all numbers to this file.', type=output_file)
 @batch_option
-def gen(net_path, gnet_path, guidance, ref, metrics, seeds, steps, json_path, batch):
+def gen(net_path, gnet_path, guidance, ref, metrics, seeds, steps, precision, json_path, batch):
     """Generate images and measure them; no image is written.
 
     \b
@@ -99,12 +100,11 @@ def gen(net_path, gnet_path, guidance, ref, metrics, seeds, steps, json_path, ba
     """
     chosen = select_metrics(metrics.split(','))
     config = SamplerConfig(steps=steps, guidance=guidance).check()
-    if guidance != 1 and not gnet_path:
-        raise UserError('guidance other than 1 needs a guiding network: --gnet=FILE')
     seeds = list(dict.fromkeys(seeds))
     with _process_group() as device:
-        net, info = load_network(net_path, device)
-        guiding_net = load_network(gnet_path, device)[0] if gnet_path else None
+        net, info = load_network(net_path, device, precision)
+        guiding_net = load_network(gnet_path, device, precision)[0] if gnet_path else None
+        check_fit(net, guiding_net, config, classes=None)
         about = ImageSet(
             Path(net_path).name,
             len(seeds),
@@ -121,6 +121,8 @@ def gen(net_path, gnet_path, guidance, ref, metrics, seeds, steps, json_path, ba
                 'guiding_net': gnet_path,
                 'sampler': {'name': 'heun', **config.to_json()},
                 'seeds': seeds,
+                'precision': precision,
+                'device': device.type,
             }
             _report(chosen, reference, ref, gathered, source, json_path)
 

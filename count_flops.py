@@ -16,7 +16,7 @@ from training.published import TABLES, PublishedRow
 EPILOG = """\b
 Examples:
   python count_flops.py --preset=edm2plus-img64-s
-  python count_flops.py --net=runs/digits/phema-0000065-0.120.safetensors --json
+  python count_flops.py --net=runs/digits/phema-0000049-0.120.safetensors --json
   python count_flops.py --tables
 """
 

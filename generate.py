@@ -20,7 +20,7 @@ from torch_utils.tensor_files import library_versions
 
 EPILOG = """\b
 Examples:
-  python generate.py --net=runs/digits/phema-0000065-0.120.safetensors --seeds=0-99 --class=0-9 --outdir=out/digits
+  python generate.py --net=runs/digits/phema-0000049-0.120.safetensors --seeds=0-99 --class=0-9 --outdir=out/digits
   torchrun --standalone --nproc_per_node=8 generate.py --net=FILE --seeds=0-49999 --outdir=out/fid --subdirs
 """
 
@@ -47,18 +47,16 @@ def main(net_path, gnet_path, guidance, outdir, seeds, subdirs, classes, batch, 
     and train.py can read it. generation.json tells how the images were made.
     """
     config = SamplerConfig(guidance=guidance, **sampler).check()
-    if guidance != 1 and not gnet_path:
-        raise UserError('guidance other than 1 needs a guiding network: --gnet=FILE')
     chosen = distributed.init(device)
     try:
         net, info = load_network(net_path, chosen, precision)
         guiding_net = load_network(gnet_path, chosen, precision)[0] if gnet_path else None
-        check_fit(net, guiding_net, classes)
+        check_fit(net, guiding_net, config, classes)
         names = {seed: f'{seed // 1000:06d}/{seed:06d}.png' if subdirs else f'{seed:06d}.png' for seed in seeds}
         folder = make_folder(outdir)
-        check_folder(folder, set(names.values()))
+        prepare_folder(folder, set(names.values()))
         mine = list(names)[distributed.rank() :: distributed.world_size()]
-        labels = write_images(folder, names, mine, generate(net, mine, config, guiding_net, classes, batch))
+        labels = write_images(folder, names, mine, generate(net, mine, config, guiding_net, classes, batch), chosen)
         if distributed.rank() == 0:
             record = {
                 'net': {'file': net_path, **info.to_header()},
@@ -71,22 +69,31 @@ def main(net_path, gnet_path, guidance, outdir, seeds, subdirs, classes, batch, 
             }
             write_json(folder / 'generation.json', record)
             write_json(folder / 'dataset.json', {'labels': labels})
-            draw_grid(folder, list(names.values()), classes)
+            draw_grid(folder, names, classes)
     finally:
         distributed.close()
 
 
-def check_folder(folder: Path, names: set[str]) -> None:
-    """Refuse a folder that holds other images, which would be taken for results of this run."""
+def prepare_folder(folder: Path, names: set[str]) -> None:
+    """Refuse a folder that holds other images, which would be taken for results of this run; forget an earlier run.
+
+    Its records go first: should this run be stopped, no record shall stand beside images that it does not describe.
+    """
     for path in folder.rglob('*.png'):
         if path.relative_to(folder).as_posix() not in names:
             raise UserError(f'{folder} holds other images, such as {path.name}; give an empty folder')
+    distributed.barrier()  # all ranks have looked before any writes
+    if distributed.rank() == 0:
+        for record in ('generation.json', 'dataset.json'):
+            (folder / record).unlink(missing_ok=True)
 
 
-def write_images(folder: Path, names: dict[int, str], mine: list[int], batches: Iterable[Batch]) -> list | None:
+def write_images(
+    folder: Path, names: dict[int, str], mine: list[int], batches: Iterable[Batch], device: torch.device
+) -> list | None:
     """Write this rank's images; return [name, class] of all ranks' images, or None without classes."""
     position = {seed: i for i, seed in enumerate(names)}
-    labels = torch.full((len(names),), -1)
+    labels = torch.full((len(names),), -1, device=device)
     with tqdm(total=len(mine), unit='img', disable=None if distributed.rank() == 0 else True) as bar:
         for batch in batches:
             for i, seed in enumerate(batch.seeds):
@@ -100,13 +107,15 @@ def write_images(folder: Path, names: dict[int, str], mine: list[int], batches: 
     return [list(pair) for pair in zip(names.values(), labels, strict=True)] if max(labels) >= 0 else None
 
 
-def draw_grid(folder: Path, names: list[str], classes: list[int] | None) -> None:
+def draw_grid(folder: Path, names: dict[int, str], classes: list[int] | None) -> None:
     """Show the first images at once in FOLDER-grid.png, with a column for each class where classes are cycled."""
-    columns = len(classes) if classes and 1 < len(classes) <= 20 else 10
-    pixels = [np.asarray(PIL.Image.open(folder / name)) for name in names[: 10 * columns]]
+    cycle = len(classes) if classes else 0
+    aligned = 1 < cycle <= 20 and all(seed % cycle == i % cycle for i, seed in enumerate(names))
+    columns = min(cycle if aligned else 10, len(names))
+    pixels = [np.asarray(PIL.Image.open(folder / name)) for name in list(names.values())[: 10 * columns]]
     pixels = np.stack([p if p.ndim == 3 else p[:, :, None] for p in pixels])
     path = Path(f'{folder}-grid.png')
-    save_png(path, image_grid(pixels, min(columns, len(pixels)), zoom=max(1, 64 // pixels.shape[1])))
+    save_png(path, image_grid(pixels, columns, zoom=max(1, 64 // pixels.shape[1])))
     click.echo(f'{len(names)} images in {folder}, shown in {path}')
 
 

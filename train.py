@@ -14,7 +14,7 @@ from sampling.pipeline import SamplerConfig, generate
 from torch_utils import distributed
 from training.config import KIMG, from_preset
 from training.loop import open_dataset, train
-from training.presets import PRESETS
+from training.presets import PRESETS, get_preset
 
 EPILOG = """\b
 Examples:
@@ -65,12 +65,18 @@ def main(preset, data, outdir, cond, device, dry_run, **flags):
         label_dim=label_dim,
         overrides=overrides,
     ).check(int(os.environ.get('WORLD_SIZE', '1')))
+    expected = get_preset(preset)
+    made_for = (expected.img_channels, expected.resolution, expected.resolution)
+    if dataset.image_shape != made_for:
+        click.echo(
+            f'warning: {preset} is made for images of shape {made_for}, these are {dataset.image_shape}', err=True
+        )
     if dry_run:
         click.echo(json.dumps(config.to_json(), indent=2))
         return
-    folder = make_folder(outdir)
     chosen = distributed.init(device)
     try:
+        folder = make_folder(outdir)
         train(config, dataset, folder, chosen, preview=lambda net, nimg: draw_samples(net, nimg, folder))
     finally:
         distributed.close()

@@ -1,7 +1,6 @@
 """Noise levels: how they are spaced when sampling and drawn when training."""
 
 import dataclasses
-import math
 
 import torch
 
@@ -34,8 +33,3 @@ class LogNormal:
     def from_normal(self, z: torch.Tensor) -> torch.Tensor:
         """Map standard normal draws to noise levels, elementwise."""
         return (z * self.P_std + self.P_mean).exp()
-
-    def quantile(self, share: float) -> float:
-        """The noise level below which that share (0 to 1) of the draws lies."""
-        z = math.sqrt(2) * torch.erfinv(torch.tensor(2 * share - 1, dtype=torch.float64)).item()
-        return math.exp(z * self.P_std + self.P_mean)

@@ -18,12 +18,15 @@ def run(command: click.Command) -> None:
     """Run a click command as a program: a user's mistake becomes one line on stderr and exit code 2.
 
     Mistakes are click's usage errors, `UserError`, and errors of the operating system about a file that the
-    user named. Anything else is a bug and keeps its traceback. Under torchrun only rank 0 speaks.
+    user named. Anything else is a bug and keeps its traceback. Under torchrun every rank says what stopped it.
     """
     try:
         status = command.main(standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)  # Ctrl-C
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(USAGE_ERROR)
     except click.ClickException as error:
         _fail(' '.join(error.format_message().split()))
     except UserError as error:
@@ -37,8 +40,9 @@ def run(command: click.Command) -> None:
 
 
 def _fail(message: str) -> None:
-    if int(os.environ.get('RANK', '0')) == 0:
-        click.echo(f'{Path(sys.argv[0]).name}: error: {message}', err=True)
+    rank = int(os.environ.get('RANK', '0'))
+    where = f' on rank {rank}' if rank else ''
+    click.echo(f'{Path(sys.argv[0]).name}: error{where}: {message}', err=True)
     sys.exit(USAGE_ERROR)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dnnlib.errors import UserError
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
@@ -59,8 +61,11 @@ def make_folder(path: str | os.PathLike) -> Path:
     """Create a folder for output and check that it can be written, so that a run fails before its work.
 
     Raises:
+        UserError: where the name is empty (an unset variable on a command line, say).
         OSError: with the folder's name, where it cannot be made or written.
     """
+    if not os.fspath(path):
+        raise UserError('the name of the output folder is empty')
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     try:

@@ -19,6 +19,8 @@ def parse_int_list(text: str) -> list[int]:
         if match is None:
             raise UserError(f'cannot read {part.strip()!r} in the list {text!r}; write for instance 0-99 or 1,2,5-10')
         first, last = int(match[1]), int(match[2] or match[1])
+        if last >= 2**63:
+            raise UserError(f'{last} in {text[:40]!r} is too large')
         if last < first:
             raise UserError(f'the range {part.strip()!r} in {text!r} goes down; write {last}-{first}')
         numbers.extend(range(first, last + 1))
@@ -75,11 +77,3 @@ def parse_nimg(text: str) -> int:
     if value != round(value):
         raise UserError(f'{text!r} is not a whole number of images')
     return round(value)
-
-
-def format_nimg(nimg: int) -> str:
-    """Write a number of images the way `parse_nimg` reads it, in the largest binary unit that is exact."""
-    for unit in ('Gi', 'Mi', 'Ki'):
-        if nimg and nimg % UNITS[unit] == 0:
-            return f'{nimg // UNITS[unit]}{unit}'
-    return str(nimg)

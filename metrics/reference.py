@@ -11,7 +11,7 @@ from metrics.statistics import FeatureStatistics
 from torch_utils.tensor_files import TensorFile, save_tensors
 
 SUFFIX = '.safetensors'
-FORMAT = 'metric reference 1'
+KIND = 'metric reference'
 HALVES = ('even', 'odd')
 
 
@@ -19,7 +19,7 @@ def save_reference(path: str | os.PathLike, real: Gathered) -> None:
     """Write the statistics of every detector in `real`, whole or not at all.
 
     Tensors, for each detector and each half of the images (at even and at odd places), float64: `pixels.even.mean`
-    [F], `pixels.even.scatter` [F, F] = covariance * (count - 1). Header: format, the fields of ImageSet, and for
+    [F], `pixels.even.scatter` [F, F] = covariance * (count - 1). Header: kind, the fields of ImageSet, and for
     each detector its identity and the counts of the halves. All images are the union of the halves.
     """
     tensors, detectors = {}, {}
@@ -31,7 +31,7 @@ def save_reference(path: str | os.PathLike, real: Gathered) -> None:
             tensors[f'{need.detector}.{half}.scatter'] = statistics.scatter
         counts = {half: statistics.count for half, statistics in halves.items()}
         detectors[need.detector] = {'identity': real.identities[need.detector], 'counts': counts}
-    save_tensors(path, tensors, {'format': FORMAT, 'images': asdict(real.about), 'detectors': detectors})
+    save_tensors(path, tensors, {'kind': KIND, 'images': asdict(real.about), 'detectors': detectors})
 
 
 def load_reference(path: str | os.PathLike, needs: Iterable[Need]) -> Gathered:
@@ -43,8 +43,8 @@ def load_reference(path: str | os.PathLike, needs: Iterable[Need]) -> Gathered:
         OSError: where it cannot be read.
     """
     with TensorFile(path, kind='reference file') as file:
-        if file.header.get('format') != FORMAT:
-            raise UserError(f'{file.path} is not a reference file of this version (format {FORMAT!r})')
+        if file.header.get('kind') != KIND:
+            raise UserError(f'{file.path} is not a {KIND} but a {file.header.get("kind", "file of unknown kind")}')
         about = ImageSet(**{**file.header['images'], 'image_shape': tuple(file.header['images']['image_shape'])})
         identities, collected = {}, {}
         for need in needs:

@@ -45,7 +45,11 @@ class SamplerConfig:
         Raises:
             UserError: with all problems, if there are any.
         """
-        found = []
+        found = [
+            f'{name} must be a finite number, not {getattr(self, name)}'
+            for name in ('sigma_min', 'sigma_max', 'rho', 'guidance')
+            if not math.isfinite(getattr(self, name))
+        ]
         if self.steps < 1:
             found.append(f'steps must be at least 1, not {self.steps}')
         if not 0 < self.sigma_min < self.sigma_max:
@@ -98,7 +102,7 @@ def generate(
         Batches in the order of the seeds.
     """
     config = config.check()
-    check_fit(net, guiding_net, classes)
+    check_fit(net, guiding_net, config, classes)
     sigmas = edm_sigmas(config.steps, config.sigma_min, config.sigma_max, config.rho)
     for start in range(0, len(seeds), batch_size):
         chosen = list(seeds[start : start + batch_size])
@@ -136,13 +140,17 @@ def _labels(label_dim: int, seeds, streams, classes: Sequence[int] | None) -> to
     return torch.tensor([classes[seed % len(classes)] for seed in seeds])
 
 
-def check_fit(net: Denoiser, guiding_net: Denoiser | None, classes: Sequence[int] | None) -> None:
+def check_fit(
+    net: Denoiser, guiding_net: Denoiser | None, config: SamplerConfig, classes: Sequence[int] | None
+) -> None:
     """Check that the classes exist and that the networks go together.
 
     Raises:
         UserError: with all problems, if there are any.
     """
     found, label_dim = [], net.config.label_dim
+    if config.guidance != 1 and guiding_net is None:
+        found.append('guidance other than 1 needs a guiding network: --gnet=FILE')
     if classes is not None and not label_dim:
         found.append('the network is unconditional and takes no class')
     elif classes is not None and not all(0 <= c < label_dim for c in classes):

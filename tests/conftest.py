@@ -28,12 +28,13 @@ def run_script(tmp_path):
     """Run a root script in a subprocess with warnings as errors; returns the completed process."""
 
     def run(script: str, *args, ranks: int = 0, timeout: float = 120, env: dict | None = None):
-        # Names the exceptions: torchrun's own launcher warns when it picks up the default master address.
-        head = [sys.executable, '-W', 'error', str(ROOT / script)]
+        head = [sys.executable, str(ROOT / script)]
         if ranks:
             torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
             head = [*torchrun, str(ROOT / script)]
-        environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', **(env or {})}
+        # The exception: gradients of 1x1 kernels come in another (equivalent) layout than DDP's buckets have.
+        warnings = 'error,ignore:Grad strides do not match bucket view strides'
+        environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'PYTHONWARNINGS': warnings, **(env or {})}
         return subprocess.run(
             [*head, *map(str, args)], capture_output=True, text=True, cwd=tmp_path, timeout=timeout, env=environment
         )

@@ -8,7 +8,7 @@ import torch
 from networks.complexity import attention_cost, complexity, saved_bytes
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
-from training.presets import PRESETS, get_preset, network_config
+from training.presets import get_preset, network_config
 from training.published import TABLES
 
 ROWS = {row.presets: row for table in TABLES for row in table.rows}
@@ -88,27 +88,25 @@ def test_memory(tiny_config):
     assert saved_bytes(tiny_config, 'bf16') < 0.75 * saved_bytes(tiny_config)
 
 
-@pytest.mark.parametrize('name', PRESETS)
-def test_sizes_of_all_presets(name):
-    """Parameters in millions and GFLOPs as EDM2 table 6 and spec/edm2.md print them, for rows that no table has."""
-    printed = {
-        'edm2-img512-xs': ('124.7', '45.5'),
-        'edm2-img512-s': ('280.2', '101.9'),  # EDM2 prints 102.2, which no count of the formulas gives
-        'edm2-img512-m': ('497.8', '180.8'),
-        'edm2-img512-l': ('777.5', '282.1'),  # EDM2 prints 282.2
-        'edm2-img512-xl': ('1119.3', '405.9'),
-        'edm2-img64-m': ('497.8', '180.8'),
-        'edm2-img64-l': ('777.5', '282.1'),
-        'edm2-img64-xl': ('1119.3', '405.8'),  # EDM2 prints 405.9
-        'edm2plus-img64-m': ('273.21', '89.00'),
-        'edm2plus-img64-xs': ('68.69', '22.71'),
-        'edm2plus-img64-l': ('426.40', '138.49'),
-        'edm2plus-img64-xl': ('613.55', '198.88'),
-    }
-    if name not in printed:
-        with torch.device('meta'):
-            Denoiser(network_config(get_preset(name)))
-        return
+# Parameters in millions and GFLOPs as EDM2 table 6 and spec/edm2.md print them, for rows that no table has.
+PRINTED = {
+    'edm2-img512-xs': ('124.7', '45.5'),
+    'edm2-img512-s': ('280.2', '101.9'),  # EDM2 prints 102.2, which no count of the formulas gives
+    'edm2-img512-m': ('497.8', '180.8'),
+    'edm2-img512-l': ('777.5', '282.1'),  # EDM2 prints 282.2
+    'edm2-img512-xl': ('1119.3', '405.9'),
+    'edm2-img64-m': ('497.8', '180.8'),
+    'edm2-img64-l': ('777.5', '282.1'),
+    'edm2-img64-xl': ('1119.3', '405.8'),  # EDM2 prints 405.9
+    'edm2plus-img64-m': ('273.21', '89.00'),
+    'edm2plus-img64-xs': ('68.69', '22.71'),
+    'edm2plus-img64-l': ('426.40', '138.49'),
+    'edm2plus-img64-xl': ('613.55', '198.88'),
+}
+
+
+@pytest.mark.parametrize('name', PRINTED)
+def test_sizes_of_presets(name):
     cost = complexity(network_config(get_preset(name)))
-    for value, text in zip((cost.parameters / 1e6, cost.operations / 1e9), printed[name], strict=True):
+    for value, text in zip((cost.parameters / 1e6, cost.operations / 1e9), PRINTED[name], strict=True):
         assert f'{value:.{len(text.partition(".")[2])}f}' == text

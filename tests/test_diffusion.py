@@ -1,7 +1,5 @@
 """Noise levels against the published list and closed forms."""
 
-import math
-
 import pytest
 import torch
 
@@ -33,6 +31,3 @@ def test_lognormal():
     z = torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ln = levels.from_normal(z).log()
     assert ln.mean().item() == pytest.approx(-0.8, abs=0.02) and ln.std().item() == pytest.approx(1.6, abs=0.02)
-    assert levels.quantile(0.5) == pytest.approx(math.exp(-0.8))
-    share = (levels.from_normal(z) < levels.quantile(0.9)).double().mean().item()
-    assert share == pytest.approx(0.9, abs=0.005)

@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dnnlib.errors import UserError, unknown_choice
 from dnnlib.images import image_grid
-from dnnlib.parsing import format_nimg, parse_float_list, parse_int_list, parse_nimg
+from dnnlib.parsing import parse_float_list, parse_int_list, parse_nimg
 
 
 def test_int_lists():
@@ -15,7 +13,7 @@ def test_int_lists():
     assert parse_int_list('0-0, 7') == [0, 7]
 
 
-@pytest.mark.parametrize('text', ['', 'a', '1,,2', '5-', '-3', '1.5', '5-1', '1-2-3'])
+@pytest.mark.parametrize('text', ['', 'a', '1,,2', '5-', '-3', '1.5', '5-1', '1-2-3', '99999999999999999999'])
 def test_int_lists_that_cannot_be_read(text):
     with pytest.raises(UserError):
         parse_int_list(text)
@@ -40,11 +38,6 @@ def test_numbers_of_images():
     for text in ('', '1.3', '8mi', '-4', '1e6', 'Mi'):
         with pytest.raises(UserError):
             parse_nimg(text)
-
-
-@given(st.integers(0, 2**40))
-def test_numbers_of_images_survive_writing(nimg):
-    assert parse_nimg(format_nimg(nimg)) == nimg
 
 
 def test_near_names():

@@ -154,3 +154,13 @@ def test_training_is_one_graph(name='G*'):
     other(x, sigma, labels).square().mean().backward()
     torch.testing.assert_close(gradient, other.unet.out_conv.weight.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(net.state_dict(), other.state_dict())
+
+
+def test_picture_of_the_branches_is_that_of_the_table():
+    from PIL import Image
+
+    from docs.draw_branches import fingerprint
+    from tests.conftest import ROOT
+
+    with Image.open(ROOT / 'docs/branches.png') as picture:
+        assert picture.text['Description'] == fingerprint(), 'draw it again: python -m docs.draw_branches'

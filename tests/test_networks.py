@@ -142,6 +142,27 @@ def test_height_and_width_may_differ(shape, channels):
     assert Denoiser(config)(x, torch.ones(2)).shape == x.shape
 
 
+def test_dropout_sits_behind_the_modulation(tiny_config, monkeypatch):
+    """Right after the SiLU that follows the modulation, and with the configured share."""
+    dropped = []
+    monkeypatch.setattr(torch.nn.functional, 'dropout', lambda y, p: dropped.append((tuple(y.shape), p)) or y)
+    # In C the modulated features are six times as wide as the block; in G* as wide as it.
+    for name, width in (('C', 96), ('G*', 16)):
+        block = Block(16, 16, 32, replace(tiny_config, block=name, dropout=0.3), 'enc').train()
+        for p in block.parameters():
+            torch.nn.init.ones_(p)
+        dropped.clear()
+        block(torch.ones(1, 16, 4, 4), torch.ones(1, 32))
+        assert dropped == [((1, width, 4, 4), 0.3)]
+    calls = []
+    monkeypatch.setattr('networks.unet.mp_silu', lambda y: calls.append('silu') or y)
+    monkeypatch.setattr(torch.nn.functional, 'dropout', lambda y, p: calls.append('dropout') or y)
+    Block(16, 16, 32, replace(tiny_config, block='C', dropout=0.3), 'enc').train()(
+        torch.ones(1, 16, 4, 4), torch.ones(1, 32)
+    )
+    assert calls == ['silu'] * 4 + ['dropout']
+
+
 def test_dropout_acts_in_training_only(tiny_config):
     net = Denoiser(replace(tiny_config, dropout=0.5))
     torch.nn.init.ones_(net.unet.out_gain)

@@ -10,6 +10,7 @@ from diffusion.noise import edm_sigmas
 from dnnlib.errors import UserError
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
+from networks.encoders import decode_pixels
 from sampling.guidance import guide
 from sampling.pipeline import SamplerConfig, generate
 from sampling.samplers import Churn, heun
@@ -121,6 +122,35 @@ def test_classes(net):
     assert not torch.equal(a[0], b[0])
 
 
+def test_defaults_are_edm2s():
+    config = SamplerConfig()
+    assert (config.steps, config.sigma_min, config.sigma_max, config.rho, config.guidance) == (32, 0.002, 80, 7, 1)
+    assert config.churn == Churn(0, 0, math.inf, 1)
+
+
+def test_churn_bounds_are_inclusive():
+    churn = Churn(S_churn=1, S_min=0.5, S_max=2)
+    assert [churn.gamma(sigma, 10) > 0 for sigma in (0.49, 0.5, 1, 2, 2.01)] == [False, True, True, True, False]
+    assert Churn(S_churn=100).gamma(1, 10) == pytest.approx(math.sqrt(2) - 1)
+
+
+def test_pipeline_solves_from_its_own_latents(net):
+    """An image by hand: latent of the seed times sigma_max, guided by a network without classes."""
+    unconditional = Denoiser(NetworkConfig((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16), seed=9).eval()
+    torch.nn.init.ones_(unconditional.unet.out_gain)
+    config = SamplerConfig(steps=3, guidance=1.7)
+    (batch,) = generate(net, [11], config, unconditional, classes=[4])
+    latent = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(11))[None]
+    label = torch.eye(10)[4:5]
+
+    def denoise(x, sigma):
+        return 1.7 * net(x, sigma, label) - 0.7 * unconditional(x, sigma)
+
+    with torch.no_grad():
+        x = heun(denoise, latent * 80, edm_sigmas(3))
+    assert (decode_pixels(x).int() - batch.images.int()).abs().max() <= 1
+
+
 def test_what_does_not_fit_is_refused(net):
     unconditional = Denoiser(NetworkConfig((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16)).eval()
     assert next(iter(generate(unconditional, [0], SamplerConfig(steps=1)))).labels is None
@@ -130,6 +160,10 @@ def test_what_does_not_fit_is_refused(net):
     ):
         with pytest.raises(UserError, match=message):
             next(generate(net, [0], SamplerConfig(), **arguments))
+    with pytest.raises(UserError, match='needs a guiding network'):
+        next(generate(net, [0], SamplerConfig(guidance=3)))
+    with pytest.raises(UserError, match='rho must be a finite number, not nan'):
+        SamplerConfig(rho=math.nan).check()
     with pytest.raises(UserError, match='takes no class'):
         next(generate(unconditional, [0], SamplerConfig(), classes=[1]))
     with pytest.raises(UserError, match=r'steps .*; .*sigma_min'):

@@ -6,6 +6,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from dnnlib.errors import UserError
+
 
 def init(device: str | None = None) -> torch.device:
     """Join the process group that torchrun describes, if there is one, and choose this rank's device.
@@ -15,10 +17,18 @@ def init(device: str | None = None) -> torch.device:
 
     Returns:
         The device that this rank shall use.
+
+    Raises:
+        UserError: where there is no such device.
     """
     local_rank = int(os.environ.get('LOCAL_RANK', '0'))
     name = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    chosen = torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
+    try:
+        chosen = torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
+    except RuntimeError:
+        raise UserError(f'unknown device {name!r}; write cpu, cuda or cuda:NUMBER') from None
+    if chosen.type == 'cuda' and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f'device {chosen} is not there; this machine has {torch.cuda.device_count()} GPUs')
     if chosen.type == 'cuda':
         torch.cuda.set_device(chosen)
     if int(os.environ.get('WORLD_SIZE', '1')) > 1 and not dist.is_initialized():

@@ -1,5 +1,6 @@
 """Named tensors and a JSON header in one safetensors file; no pickle on either side."""
 
+import errno
 import json
 import os
 import platform
@@ -17,15 +18,26 @@ from dnnlib.files import atomic_path
 HEADER_KEY = 'edm2plus'  # the one metadata entry that is ours; its value is JSON
 
 
+class UnreadableFileError(UserError):
+    """A file that is cut short, or that nothing of ours has written."""
+
+
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Write named tensors with `header` (anything JSON can say), whole or not at all."""
+    """Write named tensors with `header` (anything JSON can say), whole or not at all.
+
+    Raises:
+        OSError: naming the file, where it cannot be written.
+    """
     assert len({t.untyped_storage().data_ptr() for t in tensors.values() if t.numel()}) == sum(
         t.numel() > 0 for t in tensors.values()
     ), 'tensors that share memory would be written twice'
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {HEADER_KEY: json.dumps({**header, 'versions': library_versions()})}
     with atomic_path(path) as beside:
-        safetensors.torch.save_file(contiguous, beside, metadata)
+        try:
+            safetensors.torch.save_file(contiguous, beside, metadata)
+        except safetensors.SafetensorError as error:  # a full disk, say
+            raise OSError(errno.EIO, str(error), os.fspath(path)) from None
 
 
 def library_versions() -> dict[str, str]:
@@ -45,7 +57,7 @@ class TensorFile:
         names: Names of the tensors, sorted.
 
     Raises:
-        UserError: where the file is not a safetensors file, is cut short, or has no header of ours.
+        UnreadableFileError: where the file is not a safetensors file, is cut short, or has no header of ours.
         OSError: where it cannot be read.
     """
 
@@ -58,9 +70,9 @@ class TensorFile:
             metadata = self._file.metadata() or {}
             self.header: dict[str, Any] = json.loads(metadata[HEADER_KEY])
         except safetensors.SafetensorError as error:
-            raise UserError(f'{self.path} is not a {kind} (a safetensors file): {error}') from None
+            raise UnreadableFileError(f'{self.path} is not a {kind} (a safetensors file): {error}') from None
         except (KeyError, json.JSONDecodeError):
-            raise UserError(f'{self.path} is not a {kind}: its header does not say what it is') from None
+            raise UnreadableFileError(f'{self.path} is not a {kind}: its header does not say what it is') from None
         self.names: list[str] = sorted(self._file.keys())
 
     def __enter__(self) -> 'TensorFile':

@@ -1,6 +1,8 @@
 """What a training run is: built from a preset and flags, checked whole before anything starts."""
 
 import dataclasses
+import math
+from pathlib import Path
 from typing import Any
 
 from diffusion.noise import LogNormal
@@ -11,8 +13,19 @@ from training.learning_rate import LearningRate
 from training.phema import STD_LIMIT
 from training.presets import Preset, get_preset, network_config
 
-# Fields that a continued run may change: none of them alters what is learned from the next image.
-FREE_TO_CHANGE = {'duration', 'micro_batch', 'snapshot', 'checkpoint', 'status', 'preview', 'workers', 'data'}
+# Fields that a continued run may change: none of them alters what is learned from the next image (but for which
+# features dropout drops: its masks belong to micro-batches). The dataset is told by its fingerprint, not its name.
+FREE_TO_CHANGE = {
+    'dataset',
+    'duration',
+    'micro_batch',
+    'snapshot',
+    'checkpoint',
+    'status',
+    'preview',
+    'workers',
+    'data',
+}
 KIMG = 1000  # file names of snapshots and states count in thousands of images
 
 
@@ -59,7 +72,7 @@ class TrainConfig:
 
     def micro_batch_for(self, world_size: int) -> int:
         """Images that one rank processes at once when there are `world_size` of them."""
-        return self.micro_batch or self.batch // world_size
+        return self.batch // world_size if self.micro_batch is None else self.micro_batch
 
     def check(self, world_size: int = 1) -> 'TrainConfig':
         """Return self.
@@ -72,7 +85,11 @@ class TrainConfig:
         return self
 
     def _problems(self) -> list[str]:
+        if self.batch < 1:
+            return [f'the batch must be at least 1, not {self.batch}']
         found = []
+        rates = {**dataclasses.asdict(self.learning_rate), **dataclasses.asdict(self.levels)}
+        found += [f'{name} must be a finite number, not {v}' for name, v in rates.items() if not math.isfinite(v)]
         for name in ('duration', 'snapshot', 'checkpoint', 'status', 'preview'):
             interval = getattr(self, name)
             if interval < self.batch or interval % self.batch:
@@ -98,15 +115,20 @@ class TrainConfig:
             )
         if self.levels.P_std <= 0:
             found.append(f'P_std must be positive, not {self.levels.P_std}')
-        if self.seed < 0:
-            found.append(f'seed must be at least 0, not {self.seed}')
+        if not 0 <= self.seed < 2**63:
+            found.append(f'seed must be between 0 and 2^63 - 1, not {self.seed}')
+        last = self.duration % self.snapshot
+        if 0 < last < KIMG:
+            found.append(f'the last snapshot would come {last} images after the one before; {KIMG} are needed')
         if self.workers < 0:
             found.append(f'workers must be at least 0, not {self.workers}')
         return found
 
     def _batch_problems(self, world_size: int) -> list[str]:
         share, rest = divmod(self.batch, world_size)
-        if self.batch < 1 or rest:
+        if self.batch < 1:
+            return []
+        if rest:
             return [f'the batch must be a multiple of the number of ranks ({world_size}), not {self.batch}']
         micro = self.micro_batch_for(world_size)
         if micro < 1 or share % micro:
@@ -131,6 +153,16 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = '') -> l
         elif prefix + name not in FREE_TO_CHANGE and _plain(a) != _plain(b):
             lines.append(f'{prefix}{name} is {b}, was {a}')
     return lines
+
+
+def refuse_differences(folder: Path, old: dict[str, Any], config: TrainConfig) -> None:
+    """Make sure that a run folder's config, as JSON values, is that of this run.
+
+    Raises:
+        UserError: with a line for each difference.
+    """
+    if changed := differences(old, config.to_json()):
+        raise UserError([f'{folder} holds a run with another config', *changed])
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """The training loop."""
 
 import contextlib
-import time
+import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from networks.denoiser import Denoiser
 from networks.encoders import encode_pixels
 from torch_utils import distributed
 from torch_utils.random import stream_seed
-from training.config import TrainConfig
+from torch_utils.tensor_files import UnreadableFileError
+from training.config import TrainConfig, refuse_differences
 from training.dataset import ImageDataset
 from training.loss import DenoisingLoss, training_draws
 from training.order import Batch, BatchOrder, make_loader
@@ -58,7 +60,9 @@ def train(
     )
     loss = DenoisingLoss(state.net)
     if distributed.world_size() > 1:
-        loss = DistributedDataParallel(loss, broadcast_buffers=False)
+        with warnings.catch_warnings():  # the argument has another name from torch 2.13 on, which older ones lack
+            warnings.simplefilter('ignore', FutureWarning)
+            loss = DistributedDataParallel(loss, broadcast_buffers=False)  # buffers are constants
     with (
         contextlib.closing(make_loader(dataset, order, config.workers)) as batches,
         Progress(config, folder, state) as progress,
@@ -81,20 +85,29 @@ def train(
 
 
 def resume(state: TrainState, folder: Path) -> None:
-    """Continue from the newest readable state in the folder, if there is one.
+    """Continue from the newest readable state in the folder, if there is one; a broken one is passed over aloud.
 
     Raises:
-        UserError: where it belongs to another run.
+        UserError: where the folder holds another run (with a line per difference), or no state of several is readable.
     """
-    for path in reversed(state_files(folder)):
-        state.load(path)
+    if (folder / 'config.json').exists():
+        refuse_differences(folder, json.loads((folder / 'config.json').read_text(encoding='utf-8')), state.config)
+    paths = state_files(folder)
+    for path in reversed(paths):
+        try:
+            state.load(path)
+        except UnreadableFileError as error:
+            distributed.print0(f'warning: {error}')
+            continue
         distributed.print0(f'continuing from {path} at {state.nimg} images')
         return
+    if paths:
+        raise UserError(f'no training state in {folder} can be read; remove them to begin anew')
 
 
 def train_step(state: TrainState, loss: torch.nn.Module, batches: Iterator[Batch], rounds: int) -> StepStats:
     """One optimizer step over `rounds` micro-batches of this rank; nothing here waits for the device."""
-    config, start = state.config, time.monotonic()
+    config = state.config
     state.net.train()
     state.optimizer.zero_grad(set_to_none=True)
     stats = StepStats.zeros(state.net.device)
@@ -102,7 +115,7 @@ def train_step(state: TrainState, loss: torch.nn.Module, batches: Iterator[Batch
         last = round_ == rounds - 1
         sync = contextlib.nullcontext() if last or not hasattr(loss, 'no_sync') else loss.no_sync()
         with sync:  # gradients travel between ranks once, in the last round
-            losses, errors = micro_batch_losses(state, loss, next(batches), round_)
+            losses, errors = micro_batch_losses(state, loss, next(batches))
             # DistributedDataParallel averages over ranks; the loss is averaged over the total batch.
             (losses.sum() * (distributed.world_size() / config.batch)).backward()
         stats.add(losses.detach(), errors.detach())
@@ -113,13 +126,10 @@ def train_step(state: TrainState, loss: torch.nn.Module, batches: Iterator[Batch
     state.optimizer.step()
     state.nimg += config.batch
     state.ema.update(state.net.state_dict(), state.nimg, config.batch)
-    stats.seconds = time.monotonic() - start
     return stats
 
 
-def micro_batch_losses(
-    state: TrainState, loss: torch.nn.Module, batch: Batch, round_: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def micro_batch_losses(state: TrainState, loss: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses and plain weighted squared errors of the images of one micro-batch, float32 [N] each."""
     config, device = state.config, state.net.device
     numbers = batch.numbers.tolist()
@@ -129,9 +139,11 @@ def micro_batch_losses(
         labels = batch.labels.to(device, non_blocking=True)
         labels = torch.nn.functional.one_hot(labels, config.network.label_dim).float()
     sigma, noise = training_draws(config.seed, numbers, tuple(y.shape[1:]), config.levels, device)
-    if config.network.dropout:
-        torch.manual_seed(stream_seed(config.seed, 'dropout', numbers[0], round_))
-    return loss(y, sigma, noise, labels)
+    if not config.network.dropout:
+        return loss(y, sigma, noise, labels)
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+        torch.manual_seed(stream_seed(config.seed, 'dropout', numbers[0]))  # dropout takes no generator of its own
+        return loss(y, sigma, noise, labels)
 
 
 def clean_gradients(net: Denoiser) -> tuple[torch.Tensor, torch.Tensor]:

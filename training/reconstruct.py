@@ -66,6 +66,8 @@ def plan(snapshots: Sequence[Snapshot], stds: Iterable[float], nimg: int | None 
     stds, times = list(stds), sorted({s.info.nimg for s in snapshots})
     nimg = times[-1] if nimg is None else nimg
     found = [f'EMA lengths must be between 0 and {STD_LIMIT:.4f}, not {std}' for std in stds if not 0 < std < STD_LIMIT]
+    if len({f'{std:.3f}' for std in stds}) < len(stds):
+        found.append(f'EMA lengths must differ in their first three decimals, which name the files: {stds}')
     if nimg not in times:
         near = min(times, key=lambda t: abs(t - nimg))
         found.append(f'there is no snapshot at {nimg} images; the nearest is at {near}')

@@ -11,7 +11,7 @@ from dnnlib.errors import UserError
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, save_network
 from torch_utils.tensor_files import TensorFile, save_tensors
-from training.config import KIMG, TrainConfig, differences
+from training.config import KIMG, TrainConfig, refuse_differences
 from training.phema import PowerEMA
 
 KIND = 'training state'
@@ -60,8 +60,7 @@ class TrainState:
         with TensorFile(path, KIND) as file:
             if file.header.get('kind') != KIND:
                 raise UserError(f'{path} is not a {KIND}')
-            if changed := differences(file.header['config'], self.config.to_json()):
-                raise UserError([f'{path.parent} holds a run with another config', *changed])
+            refuse_differences(path.parent, file.header['config'], self.config)
             tensors = dict(file.items())
             self.nimg = file.header['nimg']
         self.net.load_state_dict({name: tensors[f'net/{name}'] for name in self.net.state_dict()})

@@ -22,18 +22,16 @@ class StepStats:
     """Sums over the images of one rank, kept on the device so that no step waits for them.
 
     Args:
-        sums: float64 [3]: number of images, loss, plain weighted squared error.
+        sums: float32 [3]: number of images, loss, plain weighted squared error.
         learning_rate: Of the step.
         nonfinite: Gradient elements that were replaced by 0.
         grad_norm: Norm of the gradient.
-        seconds: Duration.
     """
 
     sums: torch.Tensor
     learning_rate: float = 0.0
     nonfinite: torch.Tensor | None = None
     grad_norm: torch.Tensor | None = None
-    seconds: float = 0.0
 
     @classmethod
     def zeros(cls, device: torch.device) -> 'StepStats':
