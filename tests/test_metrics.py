@@ -496,5 +496,5 @@ def test_reference_without_what_a_metric_needs_is_refused(reference_file):
 
 def test_other_tensor_files_are_no_reference(tmp_path):
     save_tensors(tmp_path / 'net.safetensors', {'weight': torch.zeros(2)}, {'format': 'network'})
-    with pytest.raises(UserError, match=r'net.safetensors is not a reference file'):
+    with pytest.raises(UserError, match=r'net.safetensors is not a metric reference'):
         load_reference(tmp_path / 'net.safetensors', [PIXEL_STATISTICS])
