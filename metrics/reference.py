@@ -42,7 +42,7 @@ def load_reference(path: str | os.PathLike, needs: Iterable[Need]) -> Gathered:
             a metric needs more of the images than their statistics.
         OSError: where it cannot be read.
     """
-    with TensorFile(path, kind='reference file') as file:
+    with TensorFile(path, KIND) as file:
         if file.header.get('kind') != KIND:
             raise UserError(f'{file.path} is not a {KIND} but a {file.header.get("kind", "file of unknown kind")}')
         about = ImageSet(**{**file.header['images'], 'image_shape': tuple(file.header['images']['image_shape'])})
