@@ -9,12 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from networks.config import NetworkConfig
 
 ROOT = Path(__file__).parent.parent
+
+hypothesis.settings.register_profile('edm2plus', deadline=None, derandomize=True)  # no timed, no random failures
+hypothesis.settings.load_profile('edm2plus')
 
 
 @pytest.fixture(scope='session')

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, save_network
 from tests.conftest import ROOT
@@ -12,10 +13,8 @@ from tests.helpers import make_archive
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory, request):
+def place(tmp_path_factory):
     """A folder with a dataset, a network file and things that are neither."""
-    from networks.config import NetworkConfig
-
     folder = tmp_path_factory.mktemp('place')
     make_archive(folder / 'data.zip', count=40, classes=10)
     make_archive(folder / 'unlabelled.zip', count=4, classes=0)
@@ -64,6 +63,13 @@ CASES = {
     'no snapshots': ('reconstruct_phema.py --indir={place}/empty --outstd=0.1', 'holds no network-snapshot'),
     'no folder': ('reconstruct_phema.py --indir=none --outstd=0.1', 'none: No such file'),
     'list of lengths': ('reconstruct_phema.py --indir={place} --outstd=0.1,...', "'...'"),
+    'nothing to count': ('count_flops.py', 'give one of --preset=NAME, --net=FILE and --tables'),
+    'two things to count': ('count_flops.py --tables --preset=edm2-img64-s', 'give one of'),
+    'no preset to count': (
+        'count_flops.py --preset=edm2-img64-z',
+        "unknown preset 'edm2-img64-z'; did you mean edm2-img64-",
+    ),
+    'no network to count': ('count_flops.py --net={place}/text.safetensors', 'is not a network file'),
     'gen without network': (
         'calculate_metrics.py gen --net={place}/text.safetensors --ref={place}/data.zip --json={out}',
         'is not a network file',
@@ -116,3 +122,14 @@ def test_generated_folder(place, run_script, tmp_path):
     assert process.returncode == 0, process.stderr
     assert {path.name: path.read_bytes() for path in out.rglob('*.png')} == first
     assert json.loads((out / 'generation.json').read_text())['versions']['torch'] == torch.__version__
+
+
+def test_count_flops(place, run_script):
+    process = run_script('count_flops.py', f'--net={place}/net.safetensors', '--json')
+    assert process.returncode == 0, process.stderr
+    cost = json.loads(process.stdout)
+    config = NetworkConfig.from_json(cost['config'])
+    assert cost['parameters'] == sum(p.numel() for p in Denoiser(config).parameters())
+    assert cost['operations'] > cost['macs'] > 0 and cost['saved_bytes'] > cost['peak_bytes'] > 0
+    process = run_script('count_flops.py', '--preset=edm2plus-img64-xs')
+    assert '68.69 M' in process.stdout and '22.71 GFLOPs' in process.stdout
