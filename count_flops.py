@@ -47,6 +47,8 @@ def main(preset, net_path, tables, as_json):
         )
     else:
         click.echo(_report(config, cost))
+        if preset and get_preset(preset).result:
+            click.echo(f'\nthe paper reports {get_preset(preset).result}')
 
 
 def _report(config: NetworkConfig, cost: Complexity) -> str:

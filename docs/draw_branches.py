@@ -24,7 +24,7 @@ def rows(branch: Branch) -> list[tuple[str, str, float]]:
             result.append(('x embedding', COLOURS[MODULATE], width))
         else:
             kind, out = LAYERS[step]
-            kernel = {'dense': 3, 'depthwise': branch.kernel, 'pointwise': 1}[kind]
+            kernel = branch.kernel_of(kind)
             width = WIDTHS.get(out, width)
             text = {'dense': 'conv', 'depthwise': 'dwconv', 'pointwise': 'conv'}[kind]
             result.append((f'{text} {kernel}x{kernel}{note}', COLOURS[kind], width))
@@ -32,8 +32,8 @@ def rows(branch: Branch) -> list[tuple[str, str, float]]:
 
 
 def fingerprint() -> str:
-    """The table as text; it is stored in the picture, and a test compares the two."""
-    return repr(BRANCHES)
+    """What is drawn, as text; it is stored in the picture, and a test compares the two."""
+    return repr({name: rows(branch) for name, branch in BRANCHES.items()})
 
 
 def draw() -> Figure:

@@ -37,6 +37,10 @@ class Branch:
     expansion: int = 1
     kernel: int = 3
 
+    def kernel_of(self, kind: str) -> int:
+        """Side length of the kernel of a `dense`, `depthwise` or `pointwise` layer."""
+        return {'dense': 3, 'depthwise': self.kernel, 'pointwise': 1}[kind]
+
     def but(self, summary: str, **changes) -> 'Branch':
         """The same branch with some fields changed."""
         return dataclasses.replace(self, summary=summary, **changes)

@@ -8,6 +8,7 @@ import dataclasses
 import re
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -86,10 +87,15 @@ class _AttentionCounter(TorchFunctionMode):
 
 
 class _Counter(TorchDispatchMode):
-    """Counts operators while it is active, and the memory of the tensors that they make."""
+    """Counts operators while it is active, and the memory of the activations that they make.
 
-    def __init__(self):
+    Args:
+        weights: Tensors whose memory, and what is computed from them alone, is no activation.
+    """
+
+    def __init__(self, weights: Iterable[torch.Tensor] = ()):
         super().__init__()
+        self.weights = {t.untyped_storage()._cdata for t in weights}
         self.place = 'embedding'
         self.by_kind: Counter[str] = Counter()
         self.by_place: Counter[str] = Counter()
@@ -104,9 +110,10 @@ class _Counter(TorchDispatchMode):
         if not self.paused:
             self.add(*operation_cost(func, args, first))
         inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        from_weights = bool(inputs) and inputs <= self.weights
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in inputs:
-                self._track(tensor.untyped_storage())
+                self._track(tensor.untyped_storage(), from_weights)
         return out
 
     def add(self, kind: str, operations: int, macs: int) -> None:
@@ -116,9 +123,13 @@ class _Counter(TorchDispatchMode):
             self.by_place[self.place] += operations
             self.macs += macs
 
-    def _track(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage, from_weights: bool) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self.live:
+        if key in self.live or key in self.weights:
+            return
+        if from_weights:
+            self.weights.add(key)
+            weakref.finalize(storage, self.weights.discard, key)
             return
         self.live[key] = size
         self.bytes += size
@@ -137,7 +148,7 @@ class Complexity:
         parameters: Number of trained weights.
         operations: In the papers' convention.
         macs: Multiply-accumulates of convolutions, linear layers and attention alone.
-        peak_bytes: Most memory held at once by what the pass computes, weights in use included, parameters not.
+        peak_bytes: Most memory held at once by activations; parameters and weights computed from them left out.
         by_kind, by_place: Operations by kind of operator, and by resolution.
     """
 
@@ -156,7 +167,7 @@ def complexity(config: NetworkConfig, precision: str = 'fp32') -> Complexity:
         UserError: where the config cannot be built.
     """
     net, inputs = _without_weights(config, precision)
-    counter = _Counter()
+    counter = _Counter([*net.parameters(), *net.buffers()])
     hooks = [
         module.register_forward_pre_hook(_enter(counter, name))
         for name, module in [*net.unet.enc.items(), *net.unet.dec.items(), ('output', net.unet.out_conv)]

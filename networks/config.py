@@ -1,6 +1,7 @@
 """What a network is: enough to build it, stored in every network file."""
 
 import dataclasses
+import math
 from typing import Any
 
 from dnnlib.errors import UserError, unknown_choice
@@ -50,6 +51,8 @@ class NetworkConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with this config, in words; empty if it can be built."""
+        if found := self._type_problems():
+            return found
         found = [
             f'{name} must be at least {least}, not {getattr(self, name)}'
             for name, least in (
@@ -70,6 +73,28 @@ class NetworkConfig:
         if self.block not in BRANCHES:
             found.append(unknown_choice('block', self.block, BRANCHES))
         return found or self._shape_problems()
+
+    def _type_problems(self) -> list[str]:
+        """What has another type than its field: configs also come from files."""
+        found = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int:
+                fits, wanted = type(value) is int, 'a whole number'
+            elif field.type is float:
+                fits, wanted = type(value) in (int, float) and math.isfinite(value), 'a finite number'
+            elif field.type is str:
+                fits, wanted = isinstance(value, str), 'a name'
+            else:
+                fits, wanted = (
+                    isinstance(value, tuple) and all(type(v) is int for v in value),
+                    'a list of whole numbers',
+                )
+            if not fits:
+                found.append(f'{field.name} must be {wanted}, not {value!r}')
+        if not found and len(self.img_resolution) != 2:
+            found.append(f'img_resolution must be a height and a width, not {self.img_resolution}')
+        return found
 
     def _shape_problems(self) -> list[str]:
         found = []

@@ -65,8 +65,11 @@ class Block(nn.Module):
             elif step != SILU:
                 kind, width_name = LAYERS[step]
                 before, width = width, widths.get(width_name, width)
-                kernel = {'dense': 3, 'depthwise': branch.kernel, 'pointwise': 1}[kind]
-                setattr(self, step, MPConv(before, width, kernel, groups=width if kind == 'depthwise' else 1))
+                setattr(
+                    self,
+                    step,
+                    MPConv(before, width, branch.kernel_of(kind), groups=width if kind == 'depthwise' else 1),
+                )
         assert width == out_channels, f'branch {config.block} ends with {width} channels instead of {out_channels}'
         self.conv_skip = MPConv(in_channels, out_channels, kernel=1) if in_channels != out_channels else None
         self.attn_qkv = MPConv(out_channels, 3 * out_channels, kernel=1) if attention else None

@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 
-from networks.complexity import attention_cost, complexity, saved_bytes
+from networks.complexity import _Counter, attention_cost, complexity, saved_bytes
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from training.presets import get_preset, network_config
 from training.published import TABLES
 
-ROWS = {row.presets: row for table in TABLES for row in table.rows}
 KNOWN_TO_DIFFER = {('edm2plus-img64-s', 'edm2plus-img64-xs/0'), ('edm2plus-img64-xl',)}  # each with a note
 
 
@@ -71,7 +70,25 @@ def test_multiply_accumulates_by_hand():
     attention = (24 * 8 + 8 * 8) * pixels + 2 * pixels * pixels * 8  # in0 only
     embedding = 8 * 8 + blocks * 8 * 8
     expected = 2 * blocks * conv + skips + first_and_last + attention + embedding
-    assert complexity(config).macs == expected
+    cost = complexity(config)
+    assert cost.macs == expected
+    assert set(cost.by_place) == {'embedding', '4x4', 'output'}
+    # The output convolution: normalization of its weight (norm, add, div, mul by the gain), the gain's own division.
+    weight = 9 * 8
+    assert cost.by_place['output'] == pytest.approx(9 * 8 * pixels + 3 * weight, abs=80)  # and the final combination
+
+
+def test_peak_by_hand():
+    with torch.device('meta'):
+        x, w = torch.empty(256), torch.empty(1000)
+    counter = _Counter([w])
+    with torch.no_grad(), counter:
+        y = x + 1  # 1 KiB
+        y = y * 2  # 2 KiB while both are there
+        z = y + 1  # 2 KiB: the first is gone
+        del y, z
+        _ = w * 2 * 3  # weights are no activations
+    assert counter.peak == 2 * 1024 and counter.bytes == 0
 
 
 def test_attention_by_hand():
@@ -110,3 +127,20 @@ def test_sizes_of_presets(name):
     cost = complexity(network_config(get_preset(name)))
     for value, text in zip((cost.parameters / 1e6, cost.operations / 1e9), PRINTED[name], strict=True):
         assert f'{value:.{len(text.partition(".")[2])}f}' == text
+
+
+def test_documented_tables_are_what_the_script_prints(tables, run_script):
+    from tests.conftest import ROOT
+
+    process = run_script('count_flops.py', '--tables')
+    assert process.returncode == 0 and process.stdout in (ROOT / 'docs/networks.md').read_text()
+    assert process.stdout.count(' [') == len(KNOWN_TO_DIFFER) and '| 222 [1] | 213 |' in process.stdout
+
+
+def test_results_of_presets_are_those_of_the_tables():
+    checked = 0
+    for row in (row for table in TABLES for row in table.rows if len(row.presets) == 1 and 'baseline' not in row.label):
+        result = get_preset(row.presets[0]).result
+        assert result.startswith(f'FID {row.fid}'), row
+        checked += 1
+    assert checked == 8 + 5 + 7

@@ -53,6 +53,19 @@ def test_casting_rules(tiny_config):
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
+def test_combination_is_in_float32(tiny_config):
+    """A new network has F = 0: what is left is c_skip x, exact to float32; and F sees c_in x, rounded once."""
+    net = Denoiser(tiny_config, seed=0, precision='bf16').eval()
+    seen = []
+    net.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x, sigma = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 2.0])
+    D = net(x, sigma)
+    s = sigma[:, None, None, None]
+    torch.testing.assert_close(D, 0.25 / (s**2 + 0.25) * x, rtol=1e-6, atol=1e-7)
+    exact = x * (1 / (s**2 + 0.25).sqrt())
+    assert torch.equal(seen[0], exact.bfloat16())
+
+
 def test_attention_is_the_written_formula(tiny_config):
     block = Block(32, 32, 32, tiny_config, 'dec', attention=True).double().eval()
     generator = torch.Generator().manual_seed(0)

@@ -174,6 +174,24 @@ def test_dropout_acts_in_training_only(tiny_config):
     assert torch.equal(net(x, sigma), net(x, sigma))
 
 
+def test_attention_follows_the_shorter_side():
+    config = NetworkConfig((24, 8), 1, 0, 16, (1, 2), 1, (8,), 16)
+    assert [config.has_attention(level) for level in (0, 1)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [
+        *(('img_resolution', (8,)), ('img_resolution', (8, 8, 8)), ('num_blocks', 1.5), ('channel_mult', (1, 2.0))),
+        *(('sigma_data', math.nan), ('model_channels', '64'), ('block', 3), ('dropout', None), ('label_dim', True)),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(field, value):
+    config = NetworkConfig((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16)
+    with pytest.raises(UserError, match=f'{field} must be'):
+        NetworkConfig.from_json({**config.to_json(), field: value})
+
+
 def test_all_problems_of_a_config_are_told_at_once():
     with pytest.raises(UserError) as error:
         NetworkConfig((16, 16), 3, 4, 32, dropout=1.5, block='G**').check()

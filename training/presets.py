@@ -55,17 +55,14 @@ class Preset:
 # EDM2 table 6, one row per model size. The result is FID without guidance at the EMA length that EDM2 publishes for it.
 #     torchrun --nnodes=4 --nproc_per_node=8 train.py --preset=edm2-img64-s --data=imagenet64.zip --outdir=runs/NAME
 _EDM2_IMG64 = {
-    'xs': Preset('A', channels=128, lr=0.0120, decay=35000, duration=1024 * Mi),
-    's': Preset('A', channels=192, lr=0.0100, decay=35000, duration=1024 * Mi, result='FID 1.58 at EMA 0.075'),
-    'm': Preset(
-        'A', channels=256, lr=0.0090, decay=35000, duration=2048 * Mi, dropout=0.10, result='FID 1.43 at EMA 0.060'
-    ),
-    'l': Preset(
-        'A', channels=320, lr=0.0080, decay=35000, duration=1024 * Mi, dropout=0.10, result='FID 1.33 at EMA 0.040'
-    ),
-    'xl': Preset(
-        'A', channels=384, lr=0.0070, decay=35000, duration=640 * Mi, dropout=0.10, result='FID 1.33 at EMA 0.040'
-    ),
+    size: Preset('A', channels, lr, 35000, duration * Mi, dropout, result=result)
+    for size, channels, lr, dropout, duration, result in (
+        ('xs', 128, 0.0120, 0.00, 1024, ''),
+        ('s', 192, 0.0100, 0.00, 1024, 'FID 1.58 at EMA 0.075'),
+        ('m', 256, 0.0090, 0.10, 2048, 'FID 1.43 at EMA 0.060'),
+        ('l', 320, 0.0080, 0.10, 1024, 'FID 1.33 at EMA 0.040'),
+        ('xl', 384, 0.0070, 0.10, 640, 'FID 1.33 at EMA 0.040'),
+    )
 }
 
 # The same for 64x64x4 latents of ImageNet-512. The paper has no xxs: half of xs, with the learning rate that the other
@@ -102,6 +99,7 @@ _EDM2PLUS_IMG64 = {
 _EDM2PLUS_IMG512 = {size: dataclasses.replace(preset, block='G*', result='') for size, preset in _EDM2_IMG512.items()}
 
 # EDM2+ tables 1 and 2: edm2plus-img64-s with other residual branches (B with twice the width).
+#     torchrun --nnodes=4 --nproc_per_node=8 train.py --preset=edm2plus-img64-s-d --data=imagenet64.zip --outdir=runs/D
 _S = _EDM2PLUS_IMG64['s']
 _ABLATIONS = {
     'b': dataclasses.replace(_S, block='B', channels=384, result='FID 1.81'),
