@@ -205,22 +205,22 @@ def _without_weights(config: NetworkConfig, precision: str) -> tuple[Denoiser, t
 
 
 def saved_bytes(config: NetworkConfig, precision: str = 'fp32') -> int:
-    """Bytes that a training pass keeps per image for its gradients, each memory once, parameters left out.
+    """Bytes of activations that a training pass keeps per image for its gradients, each memory once.
 
     Raises:
         UserError: where the config cannot be built.
     """
     net, inputs = _without_weights(config, precision)
-    parameters = {p.untyped_storage()._cdata for p in net.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            saved[storage._cdata] = storage  # held, so that no address is used twice
+        saved[storage._cdata] = storage  # held, so that no address is used twice
         return tensor
 
     net.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    counter = _Counter([*net.parameters(), *net.buffers()])
+    counter.paused = True  # it only tells what comes from weights
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), counter:
         net(*inputs)
-    return sum(storage.nbytes() for storage in saved.values())
+    return sum(storage.nbytes() for key, storage in saved.items() if key not in counter.weights)
