@@ -96,7 +96,9 @@ _EDM2PLUS_IMG64 = {
     )
     for size, preset in _EDM2_IMG64.items()
 }
-_EDM2PLUS_IMG512 = {size: dataclasses.replace(preset, block='G*', result='') for size, preset in _EDM2_IMG512.items()}
+_EDM2PLUS_IMG512 = {
+    size: dataclasses.replace(preset, block='G*', result='') for size, preset in _EDM2_IMG512.items() if size != 'xxs'
+}
 
 # EDM2+ tables 1 and 2: edm2plus-img64-s with other residual branches (B with twice the width).
 #     torchrun --nnodes=4 --nproc_per_node=8 train.py --preset=edm2plus-img64-s-d --data=imagenet64.zip --outdir=runs/D
