@@ -24,6 +24,7 @@ class NetworkInfo:
         ema_std: Length of the power-function EMA, relative to nimg; None for raw weights.
         preset: Name of the training preset.
         dataset: Name of the training data.
+        encoder: What turns its output into images, see `networks.encoders.ENCODERS`.
     """
 
     config: NetworkConfig
@@ -31,6 +32,7 @@ class NetworkInfo:
     ema_std: float | None
     preset: str
     dataset: str = ''
+    encoder: str = 'rgb'
 
     def to_header(self) -> dict[str, Any]:
         """As plain values; `from_header` is its inverse."""
@@ -47,7 +49,8 @@ class NetworkInfo:
             raise UserError(f'{path} is not a {KIND} but a {header.get("kind", "file of unknown kind")}')
         try:
             config = NetworkConfig.from_json(header['config'])
-            return cls(config, header['nimg'], header['ema_std'], header['preset'], header['dataset'])
+            encoder = str(header.get('encoder', 'rgb'))  # files of before there were others do not say
+            return cls(config, header['nimg'], header['ema_std'], header['preset'], header['dataset'], encoder)
         except KeyError as error:
             raise UserError(f'{path}: the header lacks {error.args[0]!r}') from None
         except (TypeError, AttributeError) as error:
