@@ -13,6 +13,7 @@ from networks.denoiser import Denoiser
 from sampling.pipeline import SamplerConfig, generate
 from torch_utils import distributed
 from training.config import KIMG, from_preset
+from training.initial import check_initial
 from training.loop import open_dataset, train
 from training.presets import PRESETS, get_preset
 
@@ -28,6 +29,8 @@ Examples:
 @click.option('--preset', required=True, metavar='NAME', help=f'Recipe: {", ".join(PRESETS)}.')
 @click.option('--data', required=True, metavar='ZIP|DIR', help='Dataset archive made by dataset_tool.py.')
 @click.option('--outdir', required=True, metavar='DIR', help='Run folder; a run found in it is continued.')
+@click.option('--init', metavar='FILE|URL', help='Network file to start from, ours or a published EDM2 pickle.')
+@click.option('--offline', is_flag=True, help='Download nothing; a URL comes from the cache.')
 @click.option('--cond', type=bool, default=True, show_default=True, help='Train class-conditionally.')
 @click.option('--duration', type=cli.NIMG, help='Length of the run, such as 8Mi.')
 @click.option('--batch', type=cli.NIMG, help='Images in a step, over all ranks.')
@@ -49,7 +52,7 @@ Examples:
 @click.option('--workers', type=int, metavar='INT', help='Data loading processes beside each rank.')
 @click.option('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
 @click.option('-n', '--dry-run', is_flag=True, help='Print the config and stop.')
-def main(preset, data, outdir, cond, device, dry_run, **flags):
+def main(preset, data, outdir, offline, cond, device, dry_run, **flags):
     """Train a diffusion model, or continue the run found in --outdir.
 
     Numbers of images may be written as 4096, 200k or 8Mi. What is not given comes from the preset.
@@ -71,6 +74,8 @@ def main(preset, data, outdir, cond, device, dry_run, **flags):
         click.echo(
             f'warning: {preset} is made for images of shape {made_for}, these are {dataset.image_shape}', err=True
         )
+    if config.init:
+        check_initial(config.init, config.network, offline)
     if dry_run:
         click.echo(json.dumps(config.to_json(), indent=2))
         return

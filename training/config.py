@@ -49,6 +49,7 @@ class TrainConfig:
         precision: Of the network's features.
         seed: Of initial weights, data order and noise.
         workers: Processes that load data beside each rank.
+        init: Network file, path or URL, whose weights the run began with; None where they were drawn.
     """
 
     preset: str
@@ -69,6 +70,7 @@ class TrainConfig:
     precision: str = 'fp32'
     seed: int = 0
     workers: int = 0
+    init: str | None = None
 
     def micro_batch_for(self, world_size: int) -> int:
         """Images that one rank processes at once when there are `world_size` of them."""

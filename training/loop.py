@@ -18,6 +18,7 @@ from torch_utils.random import stream_seed
 from torch_utils.tensor_files import UnreadableFileError
 from training.config import TrainConfig, refuse_differences
 from training.dataset import ImageDataset
+from training.initial import start_from
 from training.loss import DenoisingLoss, training_draws
 from training.order import Batch, BatchOrder, make_loader
 from training.state import TrainState, state_files
@@ -46,6 +47,8 @@ def train(
     if state.nimg >= config.duration:
         distributed.print0(f'{folder} is trained: {state.nimg} of {config.duration} images')
         return
+    if config.init and not state.nimg:
+        start_from(state, config.init)
     lead = distributed.rank() == 0
     if lead:
         write_json(folder / 'config.json', config.to_json())
