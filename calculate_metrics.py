@@ -82,8 +82,9 @@ def calc(images: str, ref: str, metrics: str, json_path: Path | None, batch: int
 
 
 @main.command()
-@click.option('--net', 'net_path', help='Network file.', metavar='FILE', required=True)
-@click.option('--gnet', 'gnet_path', help='Guiding network file.', metavar='FILE')
+@click.option('--net', 'net_path', help='Network file, or a published pickle.', metavar='FILE|URL', required=True)
+@click.option('--gnet', 'gnet_path', help='Guiding network file.', metavar='FILE|URL')
+@click.option('--offline', help='Download nothing; URLs come from the cache.', is_flag=True)
 @click.option('--guidance', help='Guidance weight; 1 is none.', type=float, default=1.0, show_default=True)
 @click.option('--ref', help='Reference file, or the real images.', metavar='FILE|DATASET', required=True)
 @metrics_option
@@ -92,7 +93,7 @@ def calc(images: str, ref: str, metrics: str, json_path: Path | None, batch: int
 @click.option('--precision', help='Of the features.', metavar='fp32|bf16|fp16', default='fp32', show_default=True)
 @click.option('--json', 'json_path', help='Write all numbers to this file.', type=output_file)
 @batch_option
-def gen(net_path, gnet_path, guidance, ref, metrics, seeds, steps, precision, json_path, batch):
+def gen(net_path, gnet_path, offline, guidance, ref, metrics, seeds, steps, precision, json_path, batch):
     """Generate images and measure them; no image is written.
 
     \b
@@ -102,8 +103,8 @@ def gen(net_path, gnet_path, guidance, ref, metrics, seeds, steps, precision, js
     config = SamplerConfig(steps=steps, guidance=guidance).check()
     seeds = list(dict.fromkeys(seeds))
     with _process_group() as device:
-        net, info = load_network(net_path, device, precision)
-        guiding_net = load_network(gnet_path, device, precision)[0] if gnet_path else None
+        net, info = load_network(net_path, device, precision, offline)
+        guiding_net = load_network(gnet_path, device, precision, offline)[0] if gnet_path else None
         check_fit(net, guiding_net, config, classes=None)
         about = ImageSet(
             Path(net_path).name,

@@ -23,10 +23,11 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.option('--preset', metavar='NAME', help='Training preset.')
-@click.option('--net', 'net_path', metavar='FILE', help='Network file.')
+@click.option('--net', 'net_path', metavar='FILE|URL', help='Network file, or a published EDM2 pickle.')
+@click.option('--offline', is_flag=True, help='Download nothing; a URL comes from the cache.')
 @click.option('--tables', is_flag=True, help="The size columns of the EDM2+ paper's tables beside ours, as Markdown.")
 @click.option('--json', 'as_json', is_flag=True, help='For programs.')
-def main(preset, net_path, tables, as_json):
+def main(preset, net_path, offline, tables, as_json):
     """Count parameters, operations and memory of one forward pass at batch 1.
 
     GFLOPs are in the papers' convention (EDM2 appendix D.5): the formulas as they are written, a multiply-accumulate
@@ -38,7 +39,7 @@ def main(preset, net_path, tables, as_json):
         counted = _count_tables()
         click.echo(json.dumps(counted, indent=2) if as_json else _markdown(counted))
         return
-    config = network_config(get_preset(preset)) if preset else read_info(net_path).config
+    config = network_config(get_preset(preset)) if preset else read_info(net_path, offline).config
     cost, saved = complexity(config), saved_bytes(config)
     if as_json:
         values = {'config': config.to_json(), **dataclasses.asdict(cost), 'saved_bytes': saved}

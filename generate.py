@@ -14,6 +14,7 @@ from dnnlib.errors import UserError
 from dnnlib.files import make_folder, write_json
 from dnnlib.images import image_grid, save_png
 from networks.files import load_network
+from networks.published_models import models_table, resolve_model
 from sampling.pipeline import Batch, SamplerConfig, check_fit, generate
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
@@ -21,14 +22,32 @@ from torch_utils.tensor_files import library_versions
 EPILOG = """\b
 Examples:
   python generate.py --net=runs/digits/phema-0000049-0.120.safetensors --seeds=0-99 --class=0-9 --outdir=out/digits
+  python generate.py --preset=edm2-img64-s-fid --seeds=0-99 --outdir=out/edm2
   torchrun --standalone --nproc_per_node=8 generate.py --net=FILE --seeds=0-49999 --outdir=out/fid --subdirs
 """
 
 
+def print_presets(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """click's hook: --list-presets needs no other option."""
+    if value:
+        click.echo(models_table())
+        ctx.exit()
+
+
 @click.command(epilog=EPILOG)
-@click.option('--net', 'net_path', required=True, metavar='FILE', help='Network file.')
-@click.option('--gnet', 'gnet_path', metavar='FILE', help='Guiding network file.')
-@click.option('--guidance', type=float, default=1.0, show_default=True, help='Guidance weight; 1 is none.')
+@click.option('--net', 'net_path', metavar='FILE|URL', help='Network file, or a published EDM2 pickle.')
+@click.option('--gnet', 'gnet_path', metavar='FILE|URL', help='Guiding network file.')
+@click.option('--guidance', type=float, help='Guidance weight; 1 is none, and the default without --preset.')
+@click.option('--preset', metavar='NAME', help='Published EDM2 model: network, guiding network and guidance at once.')
+@click.option(
+    '--list-presets',
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_presets,
+    help='Show them and stop.',
+)
+@click.option('--offline', is_flag=True, help='Download nothing; URLs and presets come from the cache.')
 @click.option('--outdir', required=True, metavar='DIR', help='Where the images go; DIR-grid.png shows them at once.')
 @click.option('--seeds', type=cli.INTS, required=True, help='One image for each, such as 0-99 or 1,2,5-10.')
 @click.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
@@ -40,17 +59,20 @@ Examples:
 @click.option('--rho', type=float, default=7.0, show_default=True, help='Spacing of the noise levels.')
 @click.option('--precision', default='fp32', show_default=True, metavar='fp32|bf16|fp16', help='Of the features.')
 @click.option('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
-def main(net_path, gnet_path, guidance, outdir, seeds, subdirs, classes, batch, precision, device, **sampler):
+def main(
+    net_path, gnet_path, guidance, preset, offline, outdir, seeds, subdirs, classes, batch, precision, device, **sampler
+):
     """Generate images with Heun's method; image k depends on seed k alone.
 
     The output folder has the layout of a dataset (dataset.json holds the classes), so that calculate_metrics.py
     and train.py can read it. generation.json tells how the images were made.
     """
+    net_path, gnet_path, guidance = resolve_model(preset, net_path, gnet_path, guidance)
     config = SamplerConfig(guidance=guidance, **sampler).check()
     chosen = distributed.init(device)
     try:
-        net, info = load_network(net_path, chosen, precision)
-        guiding_net = load_network(gnet_path, chosen, precision)[0] if gnet_path else None
+        net, info = load_network(net_path, chosen, precision, offline)
+        guiding_net = load_network(gnet_path, chosen, precision, offline)[0] if gnet_path else None
         check_fit(net, guiding_net, config, classes)
         names = {seed: f'{seed // 1000:06d}/{seed:06d}.png' if subdirs else f'{seed:06d}.png' for seed in seeds}
         folder = make_folder(outdir)

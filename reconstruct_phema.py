@@ -14,7 +14,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.option('--indir', required=True, metavar='DIR', help='Run folder with snapshots.')
+@click.option('--indir', required=True, metavar='DIR', help='Run folder with snapshots, or published ones.')
 @click.option('--outdir', metavar='DIR', help='Where the networks go; by default the run folder.')
 @click.option('--outstd', required=True, type=cli.FLOATS, help='EMA lengths wanted, such as 0.05,0.06,...,0.25.')
 @click.option('--outnimg', type=cli.NIMG, help='Training time wanted; by default that of the last snapshot.')

@@ -15,6 +15,7 @@ from sampling.pipeline import SamplerConfig, generate
 from torch_utils import distributed
 from training.board import require_tensorboard
 from training.config import KIMG, TrainConfig, from_preset
+from training.initial import check_initial
 from training.loop import open_dataset, train
 from training.plan import plan
 from training.presets import PRESETS, get_preset
@@ -37,6 +38,7 @@ main_group, recipe, execution, output = (
 @main_group('--preset', required=True, metavar='NAME', help=f'One of {", ".join(PRESETS)}.')
 @main_group('--data', metavar='ZIP|DIR', help='Dataset archive made by dataset_tool.py.')
 @main_group('--outdir', metavar='DIR', help='Run folder; a run found in it is continued.')
+@main_group('--init', metavar='FILE|URL', help='Network file to start from, ours or a published EDM2 pickle.')
 @main_group('--cond', type=bool, default=True, show_default=True, help='Train class-conditionally.')
 @recipe('--duration', type=cli.NIMG, help='Length of the run, such as 8Mi.')
 @recipe('--batch', type=cli.NIMG, help='Images in a step, over all ranks.')
@@ -56,6 +58,7 @@ main_group, recipe, execution, output = (
 @execution('--compile/--no-compile', default=None, help='Compile the network.')
 @execution('--workers', type=int, metavar='INT', help='Data loading processes beside each rank.')
 @execution('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
+@execution('--offline', is_flag=True, help='Download nothing; a URL comes from the cache.')
 @execution('--slice', type=cli.NIMG, help='Stop after so many images, to be continued by the same command.')
 @execution('--nonfinite-steps', type=int, metavar='INT', help='Stop when as many steps in a row had bad gradients.')
 @execution('--allow-rounding', is_flag=True, help='Continue although --precision, --compile or --batch-gpu differ.')
@@ -67,7 +70,7 @@ main_group, recipe, execution, output = (
 @output('--tensorboard', is_flag=True, help='Write events for TensorBoard too.')
 @output('-n', '--dry-run', is_flag=True, help='Print the config and what the run will cost, and stop.')
 @output('--ranks', type=click.IntRange(min=1), help='Number of GPUs to plan for with --dry-run.')
-def main(preset, data, outdir, cond, device, dry_run, ranks, allow_rounding, tensorboard, **flags):
+def main(preset, data, outdir, offline, cond, device, dry_run, ranks, allow_rounding, tensorboard, **flags):
     """Train a diffusion model, or continue the run found in --outdir.
 
     Numbers of images may be written as 4096, 200k or 8Mi. What is not given comes from the preset.
@@ -75,7 +78,7 @@ def main(preset, data, outdir, cond, device, dry_run, ranks, allow_rounding, ten
     overrides = {name: tuple(v) if isinstance(v, list) else v for name, v in flags.items() if v is not None}
     if dry_run:
         world_size = ranks or int(os.environ.get('WORLD_SIZE', '1'))
-        config, _ = make_config(preset, data, cond, overrides, world_size)
+        config, _ = make_config(preset, data, cond, overrides, world_size, offline)
         click.echo(json.dumps(config.to_json(), indent=2))
         click.echo('\n' + '\n'.join(f'{name:<20}{value}' for name, value in plan(config, world_size)))
         if get_preset(preset).result:
@@ -87,7 +90,8 @@ def main(preset, data, outdir, cond, device, dry_run, ranks, allow_rounding, ten
         raise UserError(missing)
     if tensorboard:
         require_tensorboard()
-    config, dataset = make_config(preset, data, cond, overrides, int(os.environ.get('WORLD_SIZE', '1')))
+    world_size = int(os.environ.get('WORLD_SIZE', '1'))
+    config, dataset = make_config(preset, data, cond, overrides, world_size, offline)
     with distributed.session(device) as chosen:
         folder = make_folder(outdir)
         train(
@@ -101,7 +105,7 @@ def main(preset, data, outdir, cond, device, dry_run, ranks, allow_rounding, ten
         )
 
 
-def make_config(preset: str, data: str | None, cond: bool, overrides: dict, world_size: int) -> tuple:
+def make_config(preset: str, data: str | None, cond: bool, overrides: dict, world_size: int, offline: bool) -> tuple:
     """The config of a run, checked, and its dataset; without data, for those that the preset is made for, and None.
 
     Raises:
@@ -122,8 +126,10 @@ def make_config(preset: str, data: str | None, cond: bool, overrides: dict, worl
         image_shape=dataset.image_shape if dataset else image_shape,
         label_dim=label_dim,
         overrides=overrides,
-    )
-    return config.check(world_size), dataset
+    ).check(world_size)
+    if config.init:
+        check_initial(config.init, config.network, offline)
+    return config, dataset
 
 
 def draw_samples(net: Denoiser, nimg: int, folder):

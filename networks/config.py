@@ -7,6 +7,11 @@ from typing import Any
 from dnnlib.errors import UserError, unknown_choice
 from networks.branches import BRANCHES
 
+# Configs also come from files that nobody vouches for: beyond these, building one would take minutes or overflow.
+MOST_LEVELS = 16
+MOST_BLOCKS = 64
+LARGEST = 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
@@ -66,6 +71,13 @@ class NetworkConfig:
         ]
         if not self.channel_mult or min(self.channel_mult) < 1:
             found.append(f'channel_mult needs one factor of at least 1 for each level, not {self.channel_mult}')
+        numbers = (*self.img_resolution, self.img_channels, self.label_dim, self.channels_per_head)
+        widths = [self.model_channels * mult for mult in self.channel_mult]
+        if max(*numbers, *widths) > LARGEST or len(self.channel_mult) > MOST_LEVELS or self.num_blocks > MOST_BLOCKS:
+            found.append(
+                f'sizes and widths above {LARGEST}, more than {MOST_LEVELS} levels or {MOST_BLOCKS} blocks in one '
+                f'are not built'
+            )
         if not 0 <= self.dropout < 1:
             found.append(f'dropout must be in [0, 1), not {self.dropout}')
         if self.sigma_data <= 0:

@@ -6,12 +6,16 @@ from typing import Any
 
 import torch
 
+from dnnlib.download import local_file
 from dnnlib.errors import UserError
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
+from networks.published import PublishedFile
+from torch_utils.pickles import looks_like_pickle
 from torch_utils.tensor_files import TensorFile, save_tensors
 
 KIND = 'network file'
+MOST_LISTED = 100  # lines of an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +28,7 @@ class NetworkInfo:
         ema_std: Length of the power-function EMA, relative to nimg; None for raw weights.
         preset: Name of the training preset.
         dataset: Name of the training data.
+        encoder: What turns its output into images, see `networks.encoders.ENCODERS`.
     """
 
     config: NetworkConfig
@@ -31,6 +36,7 @@ class NetworkInfo:
     ema_std: float | None
     preset: str
     dataset: str = ''
+    encoder: str = 'rgb'
 
     def to_header(self) -> dict[str, Any]:
         """As plain values; `from_header` is its inverse."""
@@ -47,7 +53,8 @@ class NetworkInfo:
             raise UserError(f'{path} is not a {KIND} but a {header.get("kind", "file of unknown kind")}')
         try:
             config = NetworkConfig.from_json(header['config'])
-            return cls(config, header['nimg'], header['ema_std'], header['preset'], header['dataset'])
+            encoder = str(header.get('encoder', 'rgb'))  # files of before there were others do not say
+            return cls(config, header['nimg'], header['ema_std'], header['preset'], header['dataset'], encoder)
         except KeyError as error:
             raise UserError(f'{path}: the header lacks {error.args[0]!r}') from None
         except (TypeError, AttributeError) as error:
@@ -56,11 +63,52 @@ class NetworkInfo:
             raise UserError([f'{path}: {problem}' for problem in error.problems]) from None
 
 
+class NetworkFile(TensorFile):
+    """An open network file of ours: what it says of itself, and its tensors one by one.
+
+    Attributes:
+        info: From its header.
+
+    Raises:
+        UserError: where it is not a network file.
+        OSError: where it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(path, KIND)
+        self.info = NetworkInfo.from_header(self.header, self.path)
+
+
+class PublishedNetworkFile(PublishedFile):
+    """The same for the pickle of a network that NVIDIA published for EDM2."""
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(path)
+        self.info = NetworkInfo(self.config, self.nimg, self.ema_std, self.preset, self.dataset, self.encoder)
+
+
+def open_network(source: str | os.PathLike, offline: bool = False) -> NetworkFile | PublishedNetworkFile:
+    """Open a network file: ours, or a published pickle, of which no code is run.
+
+    Args:
+        source: Path or https URL; see `dnnlib.download` for what becomes of the latter.
+        offline: Only look for a URL in the download cache.
+
+    Raises:
+        UserError: where it is no network file, or not to be had.
+        OSError: where it cannot be read.
+    """
+    path = local_file(source, offline)
+    with open(path, 'rb') as file:
+        published = looks_like_pickle(file.read(8))
+    return (PublishedNetworkFile if published else NetworkFile)(path)
+
+
 def save_network(
     path: str | os.PathLike,
     weights: dict[str, torch.Tensor],
     info: NetworkInfo,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> None:
     """Write a network file, whole or not at all.
 
@@ -68,9 +116,10 @@ def save_network(
         path: Where.
         weights: State dict of the denoiser.
         info: Goes into the header.
-        dtype: To store the parameters in. Buffers (Fourier features) stay float32: they are constants.
+        dtype: To store the parameters in; None keeps theirs. Buffers (Fourier features) are stored as they are:
+            they are constants.
     """
-    stored = {name: t if is_constant(name) else t.to(dtype) for name, t in weights.items()}
+    stored = {name: t if is_constant(name) or dtype is None else t.to(dtype) for name, t in weights.items()}
     save_tensors(path, stored, info.to_header())
 
 
@@ -79,45 +128,54 @@ def is_constant(name: str) -> bool:
     return name.endswith(('.freqs', '.phases'))
 
 
-def read_info(path: str | os.PathLike) -> NetworkInfo:
-    """Read what a network file says of itself, without its weights.
+def read_info(source: str | os.PathLike, offline: bool = False) -> NetworkInfo:
+    """Read what a network file says of itself, without its weights; see `open_network`.
 
     Raises:
         UserError: where it is not a network file.
         OSError: where it cannot be read.
     """
-    with TensorFile(path, KIND) as file:
-        return NetworkInfo.from_header(file.header, file.path)
+    with open_network(source, offline) as file:
+        return file.info
+
+
+def fitting_network(file: NetworkFile | PublishedNetworkFile, precision: str = 'fp32') -> Denoiser:
+    """The network of an open file, still without weights (on the meta device), if the file's tensors fit it.
+
+    Raises:
+        UserError: listing those that are missing, unknown or of another shape.
+    """
+    with torch.device('meta'):
+        net = Denoiser(file.info.config, precision=precision)
+    shapes = {name: tuple(t.shape) for name, t in net.state_dict().items()}
+    names = set(file.names)
+    found = [f'{file.path}: tensor {name!r} is missing' for name in sorted(shapes.keys() - names)]
+    found += [f'{file.path}: tensor {name!r} is unknown' for name in sorted(names - shapes.keys())]
+    for name in sorted(shapes.keys() & names):
+        if (shape := tuple(file.shape(name))) != shapes[name]:
+            found.append(f'{file.path}: tensor {name!r} has shape {shape}, expected {shapes[name]}')
+    if found:
+        raise UserError(found if len(found) <= MOST_LISTED else [*found[:MOST_LISTED], f'and {len(found)} in all'])
+    return net
 
 
 def load_network(
-    path: str | os.PathLike, device: torch.device | str = 'cpu', precision: str = 'fp32'
+    source: str | os.PathLike, device: torch.device | str = 'cpu', precision: str = 'fp32', offline: bool = False
 ) -> tuple[Denoiser, NetworkInfo]:
     """Rebuild a network from its file alone, in evaluation mode, with float32 weights and no gradients.
 
     Args:
-        path: A file written by `save_network`.
+        source: Path or https URL of a file written by `save_network`, or of a published EDM2 pickle.
         device: Where to put it.
         precision: Of the features, see `Denoiser`.
+        offline: Only look for a URL in the download cache.
 
     Raises:
         UserError: where it is not a network file, or its tensors do not fit its config.
         OSError: where it cannot be read.
     """
-    with TensorFile(path, KIND) as file:
-        info = NetworkInfo.from_header(file.header, file.path)
-        with torch.device('meta'):
-            net = Denoiser(info.config, precision=precision)
-        shapes = {name: tuple(t.shape) for name, t in net.state_dict().items()}
-        found = [f'{file.path}: tensor {name!r} is missing' for name in sorted(shapes.keys() - set(file.names))]
-        found += [f'{file.path}: tensor {name!r} is unknown' for name in sorted(set(file.names) - shapes.keys())]
-        if found:
-            raise UserError(found)
-        weights = {name: tensor.to(device, torch.float32) for name, tensor in file.items()}
-    for name, tensor in weights.items():
-        if tuple(tensor.shape) != shapes[name]:
-            found.append(f'{path}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {shapes[name]}')
-    if found:
-        raise UserError(found)
-    net.load_state_dict(weights, assign=True)
-    return net.eval().requires_grad_(False), info
+    with open_network(source, offline) as file:
+        net = fitting_network(file, precision)
+        weights = {name: file.get(name).to(device, torch.float32) for name in net.state_dict()}
+        net.load_state_dict(weights, assign=True)
+        return net.eval().requires_grad_(False), file.info

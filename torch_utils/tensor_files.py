@@ -22,8 +22,10 @@ class UnreadableFileError(UserError):
     """A file that is cut short, or that nothing of ours has written."""
 
 
-def save_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Write named tensors with `header` (anything JSON can say), whole or not at all.
+def save_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any] | None
+) -> None:
+    """Write named tensors with `header` (anything JSON can say; None for nothing), whole or not at all.
 
     Raises:
         OSError: naming the file, where it cannot be written.
@@ -32,7 +34,7 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], h
         t.numel() > 0 for t in tensors.values()
     ), 'tensors that share memory would be written twice'
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {HEADER_KEY: json.dumps({**header, 'versions': library_versions()})}
+    metadata = None if header is None else {HEADER_KEY: json.dumps({**header, 'versions': library_versions()})}
     with atomic_path(path) as beside:
         try:
             safetensors.torch.save_file(contiguous, beside, metadata)
@@ -84,6 +86,10 @@ class TensorFile:
     def get(self, name: str) -> torch.Tensor:
         """The tensor of that name, in the dtype it was stored in."""
         return self._file.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self._file.get_slice(name).get_shape())
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors with their names, read one by one."""

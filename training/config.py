@@ -61,6 +61,7 @@ class TrainConfig:
         compile: Whether to compile the network.
         seed: Of initial weights, data order and noise.
         workers: Processes that load data beside each rank.
+        init: Network file, path or URL, whose weights the run began with; None where they were drawn.
     """
 
     preset: str
@@ -87,6 +88,7 @@ class TrainConfig:
     compile: bool = False
     seed: int = 0
     workers: int = 0
+    init: str | None = None
 
     def micro_batch_for(self, world_size: int) -> int:
         """Images that one rank processes at once when there are `world_size` of them."""

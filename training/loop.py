@@ -19,6 +19,7 @@ from torch_utils.tensor_files import UnreadableFileError
 from training.config import TrainConfig, differences, refuse_differences
 from training.dataset import ImageDataset
 from training.heldout import Part, held_out_loss, split
+from training.initial import start_from
 from training.inputs import training_inputs
 from training.loss import training_draws
 from training.magnitudes import Magnitudes, magnitudes
@@ -75,6 +76,8 @@ def train(
     if state.nimg >= config.duration:
         distributed.print0(f'{folder} is trained: {state.nimg} of {config.duration} images')
         return
+    if config.init and not state.nimg:
+        start_from(state, config.init)
     if distributed.rank() == 0:
         remove_leftovers(folder)
         write_json(folder / 'config.json', config.to_json())

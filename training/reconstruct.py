@@ -10,8 +10,7 @@ import torch
 from tqdm import tqdm
 
 from dnnlib.errors import UserError
-from networks.files import KIND, NetworkInfo, is_constant, save_network
-from torch_utils.tensor_files import TensorFile
+from networks.files import NetworkInfo, fitting_network, is_constant, open_network, read_info, save_network
 from training.config import KIMG
 from training.phema import STD_LIMIT, Combination, combine, solve
 
@@ -25,19 +24,20 @@ class Snapshot:
 
 
 def find_snapshots(folder: str | os.PathLike) -> list[Snapshot]:
-    """All `network-snapshot-*.safetensors` of a run folder, by time and length.
+    """All snapshots of a run folder, by time and length: ours, `network-snapshot-*.safetensors`, or published ones.
+
+    The latter are the pickles `network-snapshot-KIMG-STD.pkl`, where a file of ours does not have the same name.
 
     Raises:
         UserError: where there are none, one cannot be read, or they are of different networks.
         OSError: where the folder cannot be read.
     """
     paths = sorted(path for path in Path(folder).iterdir() if path.match('network-snapshot-*.safetensors'))
+    ours = {path.stem for path in paths}
+    paths += sorted(p for p in Path(folder).iterdir() if p.match('network-snapshot-*.pkl') and p.stem not in ours)
     if not paths:
         raise UserError(f'{folder} holds no network-snapshot-*.safetensors; is it the folder of a training run?')
-    snapshots = []
-    for path in paths:
-        with TensorFile(path, KIND) as file:
-            snapshots.append(Snapshot(file.path, NetworkInfo.from_header(file.header, file.path)))
+    snapshots = [Snapshot(os.fspath(path), read_info(path)) for path in tqdm(paths, unit='file', disable=None)]
     first = snapshots[0]
     found = [
         f'{s.path} is of another network than {first.path}' for s in snapshots if s.info.config != first.info.config
@@ -96,11 +96,13 @@ def reconstruct(
     last = used[-1].info
     networks: list[dict[str, torch.Tensor]] = [{} for _ in stds]
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(TensorFile(s.path, KIND)) for s in used]
+        files = [stack.enter_context(open_network(s.path)) for s in used]
+        for file in files:
+            fitting_network(file)
         for name in tqdm(files[-1].names, unit='tensor', disable=None):
             if is_constant(name):
                 for network in networks:
-                    network[name] = files[-1].get(name)
+                    network[name] = files[-1].get(name).float()
                 continue
             tensors = [file.get(name) for file in files]
             for network, combination in zip(networks, combinations, strict=True):

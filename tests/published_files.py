@@ -1,0 +1,133 @@
+"""Files of the structure of the published EDM2 networks, written by the tests themselves.
+
+The classes are stand-ins with the names that the published files use; as there, each object is pickled as a call of
+`torch_utils.persistence._reconstruct_persistent_obj` on a dict that carries Python source. Here that source raises.
+"""
+
+import contextlib
+import pickle
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from networks.denoiser import Denoiser
+
+SOURCE = '\n'.join(["raise RuntimeError('the source in the file was run')", *['# dummy source text'] * 500])
+CLASSES = {
+    'Denoiser': 'Precond',
+    'UNet': 'UNet',
+    'Block': 'Block',
+    'MPConv': 'MPConv',
+    'MPFourier': 'MPFourier',
+}
+SCALE = np.float32(0.5) / np.float32([4.17, 4.62, 3.71, 3.28])
+BIAS = np.float32(0) - np.float32([5.81, 3.25, 0.12, -2.15]) * SCALE
+
+
+class EasyDict(dict):
+    """Takes the place of the class of that name."""
+
+
+EasyDict.__module__, EasyDict.__qualname__ = 'dnnlib.util', 'EasyDict'
+
+
+def _reconstruct_persistent_obj(meta):
+    raise RuntimeError('the file was unpickled')
+
+
+_reconstruct_persistent_obj.__module__ = 'torch_utils.persistence'
+
+
+class Persistent:
+    """An object as those files hold it."""
+
+    def __init__(self, class_name: str, state: dict):
+        self.meta = {'type': 'class', 'version': 6, 'module_src': SOURCE, 'class_name': class_name, 'state': state}
+
+    def __reduce__(self):
+        return _reconstruct_persistent_obj, (self.meta,)
+
+
+@contextlib.contextmanager
+def modules_of_the_files() -> Iterator[None]:
+    """Let `pickle` find the stand-ins under the published names, while it writes (or, to compare, reads)."""
+    util, persistence = types.ModuleType('dnnlib.util'), types.ModuleType('torch_utils.persistence')
+    util.EasyDict, persistence._reconstruct_persistent_obj = EasyDict, _reconstruct_persistent_obj
+    with mock.patch.dict(sys.modules, {'dnnlib.util': util, 'torch_utils.persistence': persistence}):
+        yield
+
+
+def arguments_of(net: Denoiser) -> dict:
+    """What the published constructor gets for a network of block A."""
+    config = net.config
+    return {
+        'model_channels': config.model_channels,
+        'dropout': config.dropout,
+        'use_fp16': True,
+        'channel_mult': list(config.channel_mult),
+        'num_blocks': config.num_blocks,
+        'attn_resolutions': list(config.attn_resolutions),
+        'channels_per_head': config.channels_per_head,
+        'img_resolution': config.img_resolution[0],
+        'img_channels': config.img_channels,
+        'label_dim': config.label_dim,
+    }
+
+
+def stored(module: torch.nn.Module, dtype: torch.dtype, arguments: dict):
+    """A module as the files hold it: published classes with their source, PyTorch's containers as they are."""
+    own = {'config', 'precision', 'label_dim', 'groups', 'steps', 'flavor', 'resample_mode', 'dropout'}
+    state = {name: value for name, value in module.__dict__.items() if name not in own}
+    state['_parameters'] = {
+        name: None if p is None else torch.nn.Parameter(p.detach().to(dtype), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    state['_buffers'] = {name: b.detach().to(dtype) for name, b in module._buffers.items()}
+    state['_modules'] = {
+        name: None if child is None else stored(child, dtype, {}) for name, child in module._modules.items()
+    }
+    if isinstance(module, torch.nn.ModuleDict):
+        container = torch.nn.ModuleDict()
+        container.__dict__.update(state)
+        return container
+    return Persistent(CLASSES[type(module).__name__], {'_init_args': (), '_init_kwargs': EasyDict(arguments), **state})
+
+
+def encoder_of(name: str | None, **changes):
+    """The encoder as the files hold it."""
+    if name is None:
+        return None
+    state = {'_init_args': (), '_init_kwargs': EasyDict()}
+    if name == 'StabilityVAEEncoder':
+        state |= {'vae_name': 'stabilityai/sd-vae-ft-mse', '_vae': None, 'batch_size': 8, 'scale': SCALE, 'bias': BIAS}
+    return Persistent(name, {**state, **changes})
+
+
+def content_of(net: Denoiser, dtype=torch.float16, encoder: object = 'StandardRGBEncoder', **arguments) -> dict:
+    """What is pickled for a network of block A."""
+    return EasyDict(
+        ema=stored(net, dtype, {**arguments_of(net), **arguments}),
+        encoder=encoder_of(encoder) if encoder is None or isinstance(encoder, str) else encoder,
+        dataset_kwargs=EasyDict(
+            class_name='training.dataset.ImageFolderDataset', path='/data/img64.zip', use_labels=True
+        ),
+        loss_fn=Persistent('EDM2Loss', {'P_mean': -0.8, 'P_std': 1.6, 'sigma_data': 0.5}),
+    )
+
+
+def write(path: Path, content: object, protocol: int = 4) -> Path:
+    """Pickle it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with modules_of_the_files(), open(path, 'wb') as file:
+        pickle.dump(content, file, protocol)
+    return path
+
+
+def write_published(path: Path, net: Denoiser, dtype=torch.float16, **options) -> Path:
+    """Write a network of block A as a published file."""
+    return write(path, content_of(net, dtype, **options))
