@@ -10,6 +10,7 @@ from dnnlib import cli
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder
 from dnnlib.images import image_grid, save_png
+from dnnlib.signals import StopSignals
 from networks.denoiser import Denoiser
 from sampling.pipeline import SamplerConfig, generate
 from torch_utils import distributed
@@ -88,11 +89,13 @@ def main(preset, data, outdir, offline, cond, device, dry_run, ranks, allow_roun
     missing = [f"Missing option '--{name}'" for name, v in (('data', data), ('outdir', outdir)) if v is None]
     if missing:
         raise UserError(missing)
+    if ranks is not None:
+        raise UserError('--ranks is for --dry-run; otherwise torchrun tells their number')
     if tensorboard:
         require_tensorboard()
     world_size = int(os.environ.get('WORLD_SIZE', '1'))
     config, dataset = make_config(preset, data, cond, overrides, world_size, offline)
-    with distributed.session(device) as chosen:
+    with StopSignals() as signals, distributed.session(device) as chosen:
         folder = make_folder(outdir)
         train(
             config,
@@ -102,6 +105,7 @@ def main(preset, data, outdir, offline, cond, device, dry_run, ranks, allow_roun
             preview=lambda net, nimg: draw_samples(net, nimg, folder),
             allow_rounding=allow_rounding,
             tensorboard=tensorboard,
+            signals=signals,
         )
 
 

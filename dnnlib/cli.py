@@ -25,7 +25,7 @@ def run(command: click.Command) -> None:
     try:
         status = command.main(standalone_mode=False)
     except click.exceptions.Abort:
-        sys.exit(130)  # Ctrl-C
+        _exit(130)  # Ctrl-C
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(USAGE_ERROR)
@@ -33,11 +33,9 @@ def run(command: click.Command) -> None:
         _fail(' '.join(error.format_message().split()))
     except UserError as error:
         _fail(str(error))
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _fail(f'{error.filename}: {error.strerror}')
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            _fail(f'{error.filename}: {error.strerror}')
         if 'WORLD_SIZE' not in os.environ:
             raise
         _die_at_once()

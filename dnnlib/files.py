@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -24,14 +25,45 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     os.close(descriptor)
     beside = Path(name)
     try:
-        yield beside
-        with open(beside, 'rb+') as file:
-            os.fsync(file.fileno())
-        beside.chmod(0o666 & ~_umask())
-        beside.replace(path)
-        _sync_folder(path.parent)
+        with named_errors(path):
+            yield beside
+            with open(beside, 'rb+') as file:
+                os.fsync(file.fileno())
+            beside.chmod(0o666 & ~_umask())
+            beside.replace(path)
+            _sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Give errors of the operating system that name no file, such as those of a full disk, the name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
+
+
+@contextlib.contextmanager
+def locked_folder(path: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes that ask the same out of a folder; the lock ends with this process, however it ends.
+
+    Where the file system knows no locks (some network ones), nothing is locked.
+
+    Raises:
+        UserError: where another process holds the lock.
+    """
+    with open(Path(path) / '.lock', 'w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'another process is at work in {os.fspath(path)}') from None
+        except OSError:
+            pass
+        yield
 
 
 def _umask() -> int:

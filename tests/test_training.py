@@ -14,7 +14,7 @@ from networks.denoiser import Denoiser
 from networks.encoders import decode_pixels, encode_pixels
 from networks.files import load_network
 from tests.helpers import state_tensors
-from torch_utils.tensor_files import TensorFile
+from torch_utils.tensor_files import TensorFile, save_tensors
 from training.config import from_preset, refuse_differences
 from training.dataset import ImageDataset
 from training.learning_rate import LearningRate
@@ -184,14 +184,50 @@ def test_broken_newest_state_falls_back_to_the_one_before(config, run, capsys):
     newest = state_files(broken)[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
     run('broken', config)
+    assert newest.with_suffix('.unreadable').exists() and newest.exists()
     text = capsys.readouterr().out
     assert f'warning: {newest} is not a training state' in text and 'at 1024 images' in text
     a, b = state_tensors(whole), state_tensors(broken)
     assert all(torch.equal(a[name], b[name]) for name in a)
     for path in state_files(broken):
         path.write_bytes(b'')
+    before = sorted(broken.iterdir())
     with pytest.raises(UserError, match='no training state in'):
         run('broken', config)
+    assert sorted(broken.iterdir()) == before
+
+
+def test_states_that_lack_something_are_passed_over(config, run, capsys):
+    folder = run('lacking', replace(config, duration=1024, preview=1024))
+    path = state_files(folder)[-1]
+    with TensorFile(path, 'training state') as file:
+        header, tensors = file.header, dict(file.items())
+    lacking = {
+        'nimg': ({k: v for k, v in header.items() if k != 'nimg'}, tensors),
+        'ema/0.1/unet.out_gain': (header, {k: v for k, v in tensors.items() if k != 'ema/0.1/unet.out_gain'}),
+        'optimizer/exp_avg/unet.out_conv.weight': (
+            header, tensors | {'optimizer/exp_avg/unet.out_conv.weight': torch.zeros(3)}
+        ),
+        'stats/sums': (header, {k: v for k, v in tensors.items() if k != 'stats/sums'}),
+    }  # fmt: skip
+    for what, (some_header, some_tensors) in lacking.items():
+        save_tensors(folder / 'training-state-0000009.safetensors', some_tensors, some_header)
+        run('lacking', config if what == 'nimg' else replace(config, duration=2048))
+        text = capsys.readouterr().out
+        assert 'warning: ' in text and (what in text or what == 'nimg'), (what, text)
+        assert (folder / 'training-state-0000009.unreadable').exists()
+
+
+def test_stopping_between_status_lines_changes_no_line(config, run):
+    """The statistics of the steps since the last line belong to the state."""
+    config = replace(config, batch=64, status=256, checkpoint=1024)
+    whole = read_stats(run('whole', config))
+    for stop in (320, 384, 64):
+        run('halves', replace(config, slice=stop))
+    halves = read_stats(run('halves', config))
+    timed = ('images_per_second', 'memory_gib', 'seconds')
+    a, b = ([{k: v for k, v in r.items() if k not in timed} for r in records] for records in (whole, halves))
+    assert a == b and len(a) == 8
 
 
 def test_another_config_is_refused_before_the_first_state(config, run):

@@ -24,7 +24,7 @@ from training.magnitudes import magnitudes, mean_and_max
 from training.order import BatchOrder
 from training.plan import format_bytes, memory, plan
 from training.records import RunLog, append_record, cut_records, read_records, read_stats
-from training.step_stats import BINS, LossSums, NonfiniteWatch, StepStats, noise_edges, summarize
+from training.step_stats import BINS, LossSums, PendingStats, StepStats, noise_edges, reduced, summarize
 from training.timing import PhaseTimer
 
 CPU = torch.device('cpu')
@@ -42,7 +42,7 @@ def test_losses_by_noise_level_by_hand():
     middle = math.exp(-0.8 + 0.1)  # the sixth bin
     sigma = torch.tensor([1e-6, middle, middle, 1e6])
     sums.add(sigma, torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([3.0, 5.0, 7.0, 11.0]))
-    found = summarize([sums.sums, sums.sums], LEVELS, elements=2)
+    found = summarize(reduced([sums.sums, sums.sums]).sum(dim=0), LEVELS, elements=2)
     assert found['loss'] == pytest.approx(15 / 8) and found['mse'] == pytest.approx(26 / 8)
     by_noise = found['by_noise']
     assert by_noise['images'] == [2, 0, 0, 0, 0, 4, 0, 0, 0, 2]
@@ -66,18 +66,37 @@ def step_with(*counts: int) -> StepStats:
 
 
 def test_nonfinite_steps_in_a_row():
-    watch = NonfiniteWatch(['a', 'b', 'c', 'd'], limit=3)
-    assert watch.record([step_with(0, 0, 0, 0)]) == {'nonfinite': 0, 'nonfinite_in': {}}
-    found = watch.record([step_with(1, 2, 3, 4), step_with(1, 0, 0, 0)])
-    assert found == {'nonfinite': 11, 'nonfinite_in': {'d': 4, 'c': 3, 'a': 2}}
-    assert watch.streak == 2 and not watch.exceeded()
-    watch.record([step_with(0, 0, 0, 0), step_with(0, 1, 0, 0)])
-    assert watch.streak == 1
-    watch.record([step_with(0, 1, 0, 0), step_with(0, 1, 0, 0), step_with(0, 0, 0, 0)])
-    assert watch.exceeded(), 'three in a row, whatever comes after'
-    careless = NonfiniteWatch(['a'], limit=0)
-    careless.record([step_with(1)] * 50)
-    assert not careless.exceeded()
+    stats, names = PendingStats(4), ['a', 'b', 'c', 'd']
+
+    def line(*steps, limit=3):
+        for counts in steps:
+            stats.add(step_with(*counts))
+        stats.collect()
+        found, exceeded = stats.bad_gradients(names, limit)
+        stats.clear()
+        return found, exceeded
+
+    good, bad = (0, 0, 0, 0), (0, 1, 0, 0)
+    assert line(good) == ({'nonfinite': 0, 'nonfinite_in': {}}, False)
+    assert line((1, 2, 3, 4), (1, 0, 0, 0)) == ({'nonfinite': 11, 'nonfinite_in': {'d': 4, 'c': 3, 'a': 2}}, False)
+    assert stats.streak == 2
+    assert not line(good, bad)[1] and stats.streak == 1
+    assert line(bad, bad, good)[1], 'three in a row, whatever comes after'
+    assert not line(*[bad] * 50, limit=0)[1]
+
+
+def test_pending_statistics_are_kept():
+    stats, other = PendingStats(4), PendingStats(4)
+    stats.add(step_with(1, 0, 0, 2))
+    stats.collect()
+    stats.streak = torch.tensor(7)
+    other.load(stats.tensors())
+    for each in (stats, other):
+        each.add(step_with(0, 0, 3, 0))
+        each.collect()
+    assert all(torch.equal(stats.tensors()[name], other.tensors()[name]) for name in stats.NAMES)
+    assert other.nonfinite.tolist() == [[1, 0, 0, 2], [0, 0, 3, 0]] and other.streak == 7
+    assert other.sums.shape == (2, BINS, 3)
 
 
 def test_magnitudes_by_hand(tiny_config):

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, starved of disk space, or wrong on one rank only."""
 
+import contextlib
 import json
 import os
 import random
@@ -15,10 +16,11 @@ import pytest
 import torch
 
 from dnnlib.errors import UserError
+from dnnlib.files import locked_folder
 from dnnlib.signals import StopSignals
 from tests.conftest import ROOT
 from tests.helpers import state_tensors
-from training.records import read_stats
+from training.records import append_record, read_stats
 from training.state import remove_leftovers, state_files
 from training.writer import BackgroundWriter
 
@@ -79,7 +81,7 @@ def test_asked_to_stop(whole, arguments, tmp_path, name):
     (nimg,) = re.findall(rf'stopped by {name} at (\d+) images; the same command continues', output)
     assert 1024 < int(nimg) < 4096 and 'Traceback' not in output
     assert f'stopped by {name}' in (tmp_path / 'log.txt').read_text()
-    assert not list(tmp_path.glob('.*'))
+    assert not list(tmp_path.glob('.*.tmp'))
     if name != 'SIGTERM':
         return
     process = start(arguments, tmp_path)
@@ -97,7 +99,10 @@ def test_two_ranks_asked_to_stop(arguments, tmp_path):
     process = start(arguments, tmp_path / 'halves', ranks=2)
     wait_for(process, r'^ +[123]\d\d\d images')
     children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGUSR1)
+    for pause, child in ((0, children[-1]), (0.3, children[0]), (0.1, children[-1])):  # a scheduler's come one by one
+        time.sleep(pause)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(child), signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and 'Traceback' not in output, output
     assert re.search(r'stopped by (SIGUSR1|another rank) at \d+ images', output)
@@ -110,28 +115,56 @@ def test_two_ranks_asked_to_stop(arguments, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(whole, arguments, tmp_path):
-    """Between start and end, and half of the times while a state is being written."""
+    """Half of the times while a state is being written, else while it trains, starts or loads."""
     chance = random.Random(0)
-    kills = 0
+    kills = writing = 0
     while kills < 20:
+        for path in tmp_path.glob('.*.tmp'):
+            path.unlink()
         process = start(arguments, tmp_path)
         if kills % 2:
             while process.poll() is None and not list(tmp_path.glob('.training-state-*.tmp')):
                 time.sleep(0.001)
             time.sleep(chance.random() * 0.03)
+        elif kills % 4:
+            wait_for(process, 'images  loss')
+            time.sleep(chance.random() * 3)
         else:
             time.sleep(chance.random() * 8)
         kills += process.poll() is None
         process.kill()
         process.communicate()
+        writing += bool(list(tmp_path.glob('.training-state-*.tmp')))
         if (tmp_path / 'training-state-0000004.safetensors').exists():  # done too early: begin anew, the kills count
             for path in state_files(tmp_path):
                 path.unlink()
+    assert writing >= 3, 'hardly any kill hit a state being written'
     process = start(arguments, tmp_path)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert_same_runs(whole, tmp_path)
     assert not list(tmp_path.glob('.*.tmp'))
+
+
+def test_no_room_for_a_line(arguments, tmp_path):
+    """Writing to /dev/full fails as writing to a full disk does."""
+    (tmp_path / 'log.txt').symlink_to('/dev/full')
+    process = start(arguments, tmp_path)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and 'Traceback' not in output, output
+    assert f'train.py: error: {tmp_path}/log.txt: No space left on device' in output
+    (tmp_path / 'stats.jsonl').unlink(missing_ok=True)
+    (tmp_path / 'stats.jsonl').symlink_to('/dev/full')
+    with pytest.raises(OSError, match='No space left') as error:
+        append_record(tmp_path / 'stats.jsonl', {'nimg': 1})
+    assert error.value.filename == str(tmp_path / 'stats.jsonl')
+
+
+def test_a_folder_takes_one_process(arguments, tmp_path):
+    with locked_folder(tmp_path):
+        output, _ = start(arguments, tmp_path).communicate(timeout=60)
+        assert f'train.py: error: another process is at work in {tmp_path}' in output
+    assert [path.name for path in tmp_path.iterdir()] == ['.lock']
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
@@ -270,7 +303,7 @@ def test_gradients_that_stay_bad_stop_the_run(config, run, tmp_path, monkeypatch
     records = read_stats(tmp_path / 'bad')
     assert [r['nonfinite'] for r in records] == [2, 2]
     assert records[0]['nonfinite_in'] == {'unet.out_conv.weight': 2}
-    assert 'error: gradients were not finite' in (tmp_path / 'bad/log.txt').read_text()
+    assert 'rank 0: error: gradients were not finite' in (tmp_path / 'bad/log.txt').read_text()
 
 
 def test_slice_stops_and_saves(config, run, capsys):

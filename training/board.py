@@ -19,7 +19,7 @@ def require_tensorboard() -> None:
 
 
 class Board:
-    """Writes a run's events to the folder `tensorboard` in it; the x axis counts thousands of images.
+    """Writes a run's events to the folder `tensorboard` in it; the x axis counts images.
 
     Args:
         folder: Of the run.
@@ -29,11 +29,11 @@ class Board:
     def __init__(self, folder: Path, nimg: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=nimg // 1000 + 1)
+        self._writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=nimg + 1)
 
     def add_record(self, record: dict[str, Any], prefix: str = 'training') -> None:
         """The numbers of a record of stats.jsonl or metrics.jsonl; nested ones get names joined by slashes."""
-        step = record['nimg'] // 1000
+        step = record['nimg']
         for name, value in _numbers({k: v for k, v in record.items() if k != 'nimg'}, prefix):
             self._writer.add_scalar(name, value, step)
 
@@ -41,11 +41,11 @@ class Board:
         """A histogram for each bucket."""
         for kind, buckets in found.items():
             for key, values in buckets.items():
-                self._writer.add_histogram(f'{kind}/{key}', values, nimg // 1000)
+                self._writer.add_histogram(f'{kind}/{key}', values, nimg)
 
     def add_picture(self, pixels: Any, nimg: int) -> None:
         """A sample grid, uint8 [H, W, C]."""
-        self._writer.add_image('samples', pixels, nimg // 1000, dataformats='HWC')
+        self._writer.add_image('samples', pixels, nimg, dataformats='HWC')
 
     def close(self) -> None:
         """Write what is left."""

@@ -12,7 +12,7 @@ from training.config import TrainConfig
 from training.dataset import ImageDataset
 from training.inputs import training_inputs
 from training.loss import DenoisingLoss, training_draws
-from training.step_stats import LossSums, noise_edges, summarize
+from training.step_stats import LossSums, noise_edges, reduced, summarize
 
 
 class Part(torch.utils.data.Dataset):
@@ -73,4 +73,4 @@ def held_out_loss(net: Denoiser, part: Part, config: TrainConfig, batch_size: in
         sigma = sigmas[chosen].to(device)
         _, noise = training_draws(stream_seed(config.seed, 'held out'), chosen, tuple(shape), config.levels, device)
         sums.add(sigma, *loss(y, sigma, noise, one_hot))
-    return summarize([sums.sums], config.levels, config.elements)
+    return summarize(reduced([sums.sums])[0], config.levels, config.elements)

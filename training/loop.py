@@ -4,14 +4,14 @@ import contextlib
 import dataclasses
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dnnlib.errors import UserError
-from dnnlib.files import write_json
+from dnnlib.files import locked_folder, write_json
 from dnnlib.signals import StopSignals
 from networks.denoiser import Denoiser
 from torch_utils import distributed
@@ -50,6 +50,7 @@ def train(
     measure: Measure | None = None,
     allow_rounding: bool = False,
     tensorboard: bool = False,
+    signals: StopSignals | None = None,
 ) -> None:
     """Train, or go on training, until `config.duration` images have been seen, `config.slice` in this process, or
     until a signal asks to stop; then the state is saved.
@@ -63,47 +64,48 @@ def train(
         measure: Called on every rank with every EMA at snapshots.
         allow_rounding: Whether a run that is continued may change what alters its rounding.
         tensorboard: Whether to write for TensorBoard too.
+        signals: What tells to stop, where the caller listens already; it is left at the end.
 
     Raises:
-        UserError: where the folder holds another run, ranks disagree, an image cannot be read, or gradients stay not
-            finite.
+        UserError: where another process trains in the folder, it holds another run, ranks disagree, an image cannot be
+            read, or gradients stay not finite.
         OSError: where the folder cannot be written, for a full disk, say; states from before are as they were.
     """
     agree(config)
-    state = TrainState(config, device)
-    part, held_out = split(dataset, config.held_out, config.seed)
-    resume(state, folder, allow_rounding)
-    if state.nimg >= config.duration:
-        distributed.print0(f'{folder} is trained: {state.nimg} of {config.duration} images')
-        return
-    if config.init and not state.nimg:
-        start_from(state, config.init)
-    if distributed.rank() == 0:
-        remove_leftovers(folder)
-        write_json(folder / 'config.json', config.to_json())
-    timer = PhaseTimer(device)
-    order = _order(config, len(part), state.nimg)
-    end = min(config.duration, state.nimg + (config.slice or config.duration))
-    with (
-        StopSignals() as signals,
-        contextlib.closing(make_loader(part, order, config.workers)) as batches,
-        Progress(state, folder, timer, end, tensorboard) as progress,
-        _logged(progress.log),
-        BackgroundWriter() as writer,
-    ):
-        step = Stepper(state, batches, order.rounds, timer)
-        routine = Routine(state, folder, dataset, held_out, progress, writer, timer, preview, measure)
-        last = False
-        while not last:
-            progress.add(step())
+    lead = distributed.rank() == 0
+    with signals or StopSignals() as signals, locked_folder(folder) if lead else contextlib.nullcontext():
+        state = TrainState(config, device)
+        resume(state, folder, allow_rounding)
+        if state.nimg >= config.duration:
+            distributed.print0(f'{folder} is trained: {state.nimg} of {config.duration} images')
+            return
+        if config.init and not state.nimg:
+            start_from(state, config.init)
+        if lead:
+            remove_leftovers(folder)
+            write_json(folder / 'config.json', config.to_json())
+        timer = PhaseTimer(device)
+        part, held_out = split(dataset, config.held_out, config.seed)
+        order = _order(config, len(part), state.nimg)
+        end = min(config.duration, state.nimg + (config.slice or config.duration))
+        with (
+            contextlib.closing(make_loader(part, order, config.workers)) as batches,
+            Progress(state, folder, timer, end, tensorboard) as progress,
+            _logged(folder),
+            BackgroundWriter() as writer,
+        ):
+            routine = Routine(state, folder, dataset, held_out, progress, writer, timer, preview, measure)
+            step = Stepper(state, batches, order.rounds, timer)
             stopping = distributed.any_rank(signals.received is not None)
-            last = stopping or state.nimg >= end
-            routine(last)
-        writer.wait()
-        if state.nimg < config.duration:
-            reason = f'by {signals.received or "another rank"}' if stopping else 'as told'
-            progress.say(f'stopped {reason} at {state.nimg} images; the same command continues')
-    distributed.barrier()
+            while not stopping and state.nimg < end:
+                progress.add(step())
+                stopping = distributed.any_rank(signals.received is not None)
+                routine(last=stopping or state.nimg >= end)
+            writer.wait()
+            if state.nimg < config.duration:
+                reason = f'by {signals.received or "another rank"}' if stopping else 'as told'
+                progress.say(f'stopped {reason} at {state.nimg} images; the same command continues')
+        distributed.barrier()  # the others wait for rank 0's files, and take signals meanwhile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,29 +129,28 @@ class Routine:
             last: Whether this process stops here; then the state is saved whatever its interval.
         """
         self.writer.check()
-        config, lead = self.state.config, distributed.rank() == 0
-        if self._due(config.status) or last:
+        state, config, lead = self.state, self.state.config, distributed.rank() == 0
+        if self._due(config.status):
             measured = lead and self._due(MAGNITUDES_EVERY * config.status)
-            self.progress.report(_measure_magnitudes(self.state, self.dataset) if measured else None)
-        if lead:
+            self.progress.report(_measure_magnitudes(state, self.dataset) if measured else None)
+        if lead and self._due(config.snapshot):
             with self.timer.phase('saving'):
-                self._save(last)
+                self.writer.submit(state.saving_snapshots(self.folder))
         if self._due(config.snapshot) and (self.held_out or self.measure):
             self._measure_averages()
         if lead and self._due(config.preview):
             plot_loss(self.folder)
             if self.preview:
-                self.progress.add_picture(self.preview(self.state.averaged_net(min(config.ema_stds)), self.state.nimg))
+                self.progress.add_picture(self.preview(state.averaged_net(min(config.ema_stds)), state.nimg))
+        # Last: where there is a state, all that was due before it has been done.
+        if self._due(config.checkpoint) or last:
+            state.stats.collect()
+            if lead:
+                with self.timer.phase('saving'):
+                    self.writer.submit(state.saving(self.folder))
 
     def _due(self, interval: int) -> bool:
         return self.state.nimg % interval == 0 or self.state.nimg >= self.state.config.duration
-
-    def _save(self, last: bool) -> None:
-        jobs = [self.state.saving_snapshots(self.folder)] if self._due(self.state.config.snapshot) else []
-        if self._due(self.state.config.checkpoint) or last:
-            jobs.append(self.state.saving(self.folder))
-        if jobs:
-            self.writer.submit(lambda: [job() for job in jobs])
 
     def _measure_averages(self) -> None:
         """Held-out loss and metrics of every EMA; every rank calls it."""
@@ -188,15 +189,19 @@ def resume(state: TrainState, folder: Path, allow_rounding: bool = False) -> Non
         UserError: where the folder holds another run (with a line per difference), or no state of several is readable.
     """
     if (folder / 'config.json').exists():
-        old = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        try:
+            old = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        except ValueError as error:
+            raise UserError(f'{folder}/config.json cannot be read: {error}') from None
         refuse_differences(folder, old, state.config, allow_rounding)
     log = RunLog(folder if distributed.rank() == 0 else None)
-    paths = state_files(folder)
+    paths, broken = state_files(folder), []
     for path in reversed(paths):
         try:
             state.load(path, allow_rounding)
-        except UnreadableFileError as error:
+        except (UnreadableFileError, OSError) as error:
             log.say(f'warning: {error}')
+            broken.append(path)
             continue
         log.say(f'continuing from {path} at {state.nimg} images')
         break
@@ -205,6 +210,8 @@ def resume(state: TrainState, folder: Path, allow_rounding: bool = False) -> Non
         raise UserError(f'ranks would go on from {", ".join(positions)} images; do all see the same folder {folder}?')
     if paths and not state.nimg:
         raise UserError(f'no training state in {folder} can be read; remove them to begin anew')
+    for path in broken if distributed.rank() == 0 else []:  # it shall not count as one of those that are kept
+        path.rename(path.with_suffix('.unreadable'))
 
 
 def _order(config: TrainConfig, dataset_size: int, nimg: int) -> BatchOrder:
@@ -216,15 +223,14 @@ def _order(config: TrainConfig, dataset_size: int, nimg: int) -> BatchOrder:
 
 
 @contextlib.contextmanager
-def _logged(log: RunLog):
-    """Keep what ends a run in its log."""
+def _logged(folder: Path) -> Iterator[None]:
+    """Keep what ends a run in its log, on whichever rank, if that can be written."""
     try:
         yield
-    except UserError as error:
-        log.say(f'error: {error}', show=False)
-        raise
-    except Exception:
-        log.say(traceback.format_exc(), show=False)
+    except Exception as error:
+        text = f'error: {error}' if isinstance(error, UserError) else traceback.format_exc()
+        with contextlib.suppress(OSError):
+            RunLog(folder).say(f'rank {distributed.rank()}: {text}', show=False)
         raise
 
 

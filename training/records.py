@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dnnlib.files import atomic_path
+from dnnlib.files import atomic_path, named_errors
 
 STATS_FILE = 'stats.jsonl'  # a line for each status interval
 METRICS_FILE = 'metrics.jsonl'  # a line for each EMA of each snapshot that was measured
@@ -14,7 +14,7 @@ LOG_FILE = 'log.txt'
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Add a line."""
-    with open(path, 'a', encoding='utf-8') as file:
+    with named_errors(path), open(path, 'a', encoding='utf-8') as file:
         file.write(json.dumps(record) + '\n')
 
 
@@ -58,5 +58,5 @@ class RunLog:
             return
         if show:
             print(text, flush=True)
-        with open(self.path, 'a', encoding='utf-8') as file:
+        with named_errors(self.path), open(self.path, 'a', encoding='utf-8') as file:
             file.writelines(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {line}\n' for line in text.splitlines())

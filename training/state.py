@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from dnnlib.errors import UserError
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, is_constant, save_network
-from torch_utils.tensor_files import TensorFile, save_tensors
+from torch_utils.tensor_files import TensorFile, UnreadableFileError, save_tensors
 from training.config import KIMG, TrainConfig, refuse_differences
 from training.phema import PowerEMA
+from training.step_stats import PendingStats
 
 KIND = 'training state'
 
@@ -29,6 +29,7 @@ class TrainState:
         net: The network in training mode.
         optimizer: Adam.
         ema: Power-function averages of the network.
+        stats: What goes into the next status line.
         nimg: Images trained on.
     """
 
@@ -37,10 +38,11 @@ class TrainState:
         self.nimg = 0
         self.net = Denoiser(config.network, seed=config.seed, precision=config.precision).train().to(device)
         self.ema = PowerEMA(self.net.state_dict(), config.ema_stds)
+        self.stats = PendingStats(len(list(self.net.parameters())))
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, betas=(0.9, 0.99), eps=1e-8, foreach=True)
 
     def saving(self, folder: Path) -> Callable[[], None]:
-        """Copy everything to the host's memory now.
+        """Copy everything to the host's memory now, the statistics as they were last collected.
 
         Returns:
             What writes it to `training-state-KIMG.safetensors`, then drops all but the newest states; training may
@@ -51,13 +53,15 @@ class TrainState:
             tensors |= {f'ema/{std}/{name}': t for name, t in average.items()}
         for name, p in self.net.named_parameters():
             tensors |= {f'optimizer/{key}/{name}': t for key, t in self.optimizer.state[p].items()}
+        tensors |= {f'stats/{name}': t for name, t in self.stats.tensors().items()}
         copies = {name: _host_copy(t) for name, t in tensors.items()}
         header = {'kind': KIND, 'nimg': self.nimg, 'config': self.config.to_json()}
         path, keep = folder / f'training-state-{self.nimg // KIMG:07d}.safetensors', self.config.keep
 
         def write() -> None:
             save_tensors(path, copies, header)
-            for old in state_files(folder)[:-keep] if keep else []:
+            others = [other for other in state_files(folder) if other != path]
+            for old in others[: max(len(others) - keep + 1, 0)] if keep else []:
                 old.unlink()
 
         return write
@@ -66,19 +70,37 @@ class TrainState:
         """Restore what `saving` wrote; see `refuse_differences` for `allow_rounding`.
 
         Raises:
-            UserError: where the file cannot be read, or the run it comes from is another one (a line per difference).
+            UnreadableFileError: where the file cannot be read or lacks something; nothing is loaded then.
+            UserError: where the run it comes from is another one (a line per difference).
         """
         with TensorFile(path, KIND) as file:
-            if file.header.get('kind') != KIND:
-                raise UserError(f'{path} is not a {KIND}')
+            if file.header.get('kind') != KIND or not {'nimg', 'config'} <= file.header.keys():
+                raise UnreadableFileError(f'{path} is not a {KIND}')
             refuse_differences(path.parent, file.header['config'], self.config, allow_rounding)
             tensors = dict(file.items())
-            self.nimg = file.header['nimg']
+            self._check(path, tensors)
+            nimg = file.header['nimg']
         self.net.load_state_dict({name: tensors[f'net/{name}'] for name in self.net.state_dict()})
         for std, average in self.ema.averages.items():
             for name, t in average.items():
                 t.copy_(tensors[f'ema/{std}/{name}'])
         self._load_optimizer(tensors)
+        self.stats.load({name: tensors[f'stats/{name}'] for name in self.stats.NAMES})
+        self.nimg = nimg
+
+    def _check(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """Make sure that all is there, and of the right shape, before anything is overwritten."""
+        shapes = {f'net/{name}': t.shape for name, t in self.net.state_dict().items()}
+        for std, average in self.ema.averages.items():
+            shapes |= {f'ema/{std}/{name}': t.shape for name, t in average.items()}
+        for name, p in self.net.named_parameters():
+            shapes |= {f'optimizer/{key}/{name}': p.shape for key in ('exp_avg', 'exp_avg_sq')}
+            shapes[f'optimizer/step/{name}'] = torch.Size()
+        for name, t in self.stats.tensors().items():
+            shapes[f'stats/{name}'] = t.shape if name == 'streak' else None
+        for name, shape in shapes.items():
+            if name not in tensors or (shape is not None and tensors[name].shape != shape):
+                raise UnreadableFileError(f'{path} lacks {name}, or has it in another shape')
 
     def _load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
         keys = sorted({name.split('/')[1] for name in tensors if name.startswith('optimizer/')})
@@ -122,8 +144,9 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a process that was killed while it wrote has left half-written."""
+    ours = ('training-state-', 'network-snapshot-', 'samples-', 'config.', 'stats.', 'metrics.', 'loss.')
     for path in folder.glob('.*.tmp'):
-        if path.name.startswith(('.training-state-', '.network-snapshot-')):
+        if path.name.removeprefix('.').startswith(ours):
             path.unlink(missing_ok=True)
 
 

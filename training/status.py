@@ -15,7 +15,7 @@ from training.board import Board
 from training.magnitudes import Magnitudes, mean_and_max
 from training.records import METRICS_FILE, STATS_FILE, RunLog, append_record, cut_records
 from training.state import TrainState
-from training.step_stats import NonfiniteWatch, StepStats, summarize
+from training.step_stats import StepStats, summarize
 from training.timing import PhaseTimer
 
 
@@ -33,10 +33,8 @@ class Progress:
 
     def __init__(self, state: TrainState, folder: Path, timer: PhaseTimer, end: int, tensorboard: bool = False):
         self.state, self.config, self.folder, self.timer, self.end = state, state.config, folder, timer, end
-        self.steps: list[StepStats] = []
-        self.since = time.monotonic()
-        names = [name for name, _ in state.net.named_parameters()]
-        self.nonfinite = NonfiniteWatch(names, self.config.nonfinite_steps)
+        self.since, self.since_nimg = time.monotonic(), state.nimg
+        self.names = [name for name, _ in state.net.named_parameters()]
         self.bar = self.board = None
         self.log = RunLog(folder if distributed.rank() == 0 else None)
         if distributed.rank() == 0:
@@ -56,7 +54,8 @@ class Progress:
 
     def add(self, stats: StepStats) -> None:
         """Count a step."""
-        self.steps.append(stats)
+        self.state.stats.add(stats)
+        self.learning_rate = stats.learning_rate
         if self.bar is not None:
             self.bar.update(self.config.batch)
 
@@ -66,32 +65,33 @@ class Progress:
         Raises:
             UserError: where too many steps in a row had gradients that are not finite.
         """
-        if not self.steps:
-            return
-        losses = summarize([step.losses.sums for step in self.steps], self.config.levels, self.config.elements)
+        stats = self.state.stats
+        stats.collect()
+        losses = summarize(stats.sums.sum(dim=0), self.config.levels, self.config.elements)
+        nonfinite, exceeded = stats.bad_gradients(self.names, self.config.nonfinite_steps)
         seconds = self.timer.take()  # waits for the device, so that the clock below counts finished steps
         now = time.monotonic()
         record = {
             'nimg': self.state.nimg,
             **{name: losses[name] for name in ('loss', 'mse')},
-            'learning_rate': self.steps[-1].learning_rate,
-            'grad_norm': torch.stack([step.grad_norm for step in self.steps]).mean().item(),
-            **self.nonfinite.record(self.steps),
-            'images_per_second': len(self.steps) * self.config.batch / (now - self.since),
+            'learning_rate': self.learning_rate,
+            'grad_norm': stats.grad_norm.mean().item(),
+            **nonfinite,
+            'images_per_second': (self.state.nimg - self.since_nimg) / (now - self.since),
             'memory_gib': _peak_memory(self.state.net.device),
             'seconds': seconds,
             'by_noise': losses['by_noise'],
             **({'magnitudes': mean_and_max(magnitudes)} if magnitudes else {}),
         }
-        self.steps.clear()
-        self.since = now
+        stats.clear()
+        self.since, self.since_nimg = now, self.state.nimg
         if self.bar is not None:
             self._tell(record, magnitudes)
-        if self.nonfinite.exceeded():
+        if exceeded:
             culprits = ', '.join(record['nonfinite_in'])
             raise UserError(
-                f'gradients were not finite in {self.nonfinite.limit} steps in a row, last at {record["nimg"]} images, '
-                f'mostly of {culprits}; this state was not saved'
+                f'gradients were not finite in {self.config.nonfinite_steps} steps in a row, last at '
+                f'{record["nimg"]} images, mostly of {culprits}; this state was not saved'
             )
 
     def _tell(self, record: dict[str, Any], magnitudes: Magnitudes | None) -> None:

@@ -38,11 +38,16 @@ class LossSums:
         self.sums += torch.nn.functional.one_hot(bins, BINS).float().t() @ values
 
 
-def summarize(sums: list[torch.Tensor], levels: LogNormal, elements: int) -> dict[str, Any]:
-    """Average losses over all images and ranks; every rank calls it.
+def reduced(sums: list[torch.Tensor]) -> torch.Tensor:
+    """Sums of all ranks for each step, float64 [steps, BINS, 3] on the CPU; every rank calls it."""
+    return distributed.all_reduce_sum(torch.stack(sums).double()).cpu()
+
+
+def summarize(total: torch.Tensor, levels: LogNormal, elements: int) -> dict[str, Any]:
+    """Average losses over all images.
 
     Args:
-        sums: `LossSums.sums` of this rank's steps.
+        total: Sums over all steps and ranks, float64 [BINS, 3].
         levels: Distribution of the noise levels.
         elements: C H W of an image.
 
@@ -50,8 +55,7 @@ def summarize(sums: list[torch.Tensor], levels: LogNormal, elements: int) -> dic
         `loss` and `mse` per element, and `by_noise`: borders of ln(sigma) between the bins, number of images, loss
         and mse in each (None where there was no image).
     """
-    total = distributed.all_reduce_sum(torch.stack(sums).double().sum(dim=0))
-    count, loss, error = total.cpu().unbind(dim=1)
+    count, loss, error = total.unbind(dim=1)
     average = {
         'images': [int(n) for n in count],
         'loss': [_ratio(a, n * elements) for a, n in zip(loss, count, strict=True)],
@@ -75,8 +79,8 @@ class StepStats:
     Args:
         losses: Of this rank's images.
         learning_rate: Of the step.
-        grad_norm: Norm of the gradient of the loss, a tensor on the device.
-        nonfinite: Gradient elements that were replaced by 0 in each parameter, int64 on the device.
+        grad_norm: Norm of the gradient of the loss, a tensor on the device; the same on all ranks.
+        nonfinite: Gradient elements that were replaced by 0 in each parameter, int64 on the device, likewise.
     """
 
     losses: LossSums
@@ -85,31 +89,77 @@ class StepStats:
     nonfinite: torch.Tensor | None = None
 
 
-class NonfiniteWatch:
-    """Counts gradient elements that are not finite, and steps in a row that have some.
+class PendingStats:
+    """What the steps since the last status line have left, to go into the next one.
+
+    It belongs to the state of a run: a run that is continued between two status lines writes the same lines.
 
     Args:
-        names: Of the parameters, in the order of the network.
-        limit: Steps in a row after which training makes no sense; 0 for any number.
+        parameters: Number of the network's parameters.
+
+    Attributes:
+        sums: float64 [steps, BINS, 3], over all ranks.
+        grad_norm: float32 [steps].
+        nonfinite: int64 [steps, parameters].
+        streak: Steps in a row, up to the last one before these, with gradients that were not finite; int64 [].
     """
 
-    def __init__(self, names: list[str], limit: int):
-        self.names, self.limit = names, limit
-        self.streak = 0
+    NAMES = ('sums', 'grad_norm', 'nonfinite', 'streak')
 
-    def record(self, steps: list[StepStats]) -> dict[str, Any]:
-        """Number of elements since the last call, and the three parameters with most of them."""
-        counts = torch.stack([step.nonfinite for step in steps]).cpu()  # [steps, parameters]
-        for bad in counts.any(dim=1).tolist():
-            if not self.exceeded():
-                self.streak = self.streak + 1 if bad else 0
-        by_name = counts.sum(dim=0)
+    def __init__(self, parameters: int):
+        self.streak = torch.zeros((), dtype=torch.int64)
+        self.parameters = parameters
+        self._steps: list[StepStats] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin the next status line."""
+        self._steps.clear()
+        self.sums = torch.zeros(0, BINS, 3, dtype=torch.float64)
+        self.grad_norm = torch.zeros(0)
+        self.nonfinite = torch.zeros(0, self.parameters, dtype=torch.int64)
+
+    def add(self, step: StepStats) -> None:
+        """Count a step; nothing waits for the device."""
+        self._steps.append(step)
+
+    def collect(self) -> None:
+        """Bring the attributes up to date; waits for the device, and every rank calls it."""
+        if not self._steps:
+            return
+        self.sums = torch.cat([self.sums, reduced([step.losses.sums for step in self._steps])])
+        self.grad_norm = torch.cat([self.grad_norm, torch.stack([step.grad_norm for step in self._steps]).cpu()])
+        self.nonfinite = torch.cat([self.nonfinite, torch.stack([step.nonfinite for step in self._steps]).cpu()])
+        self._steps.clear()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What `load` restores, as collected."""
+        return {name: getattr(self, name).clone() for name in self.NAMES}
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Restore what `tensors` gave."""
+        self.clear()
+        for name in self.NAMES:
+            setattr(self, name, tensors[name].clone())
+
+    def bad_gradients(self, names: list[str], limit: int) -> tuple[dict[str, Any], bool]:
+        """Look at the gradients that were not finite, and count the steps in a row that had some.
+
+        Args:
+            names: Of the parameters.
+            limit: Steps in a row that are too many; 0 for any number.
+
+        Returns:
+            Number of elements and the three parameters with most of them; whether the limit was reached.
+        """
+        exceeded = False
+        for bad in self.nonfinite.any(dim=1).tolist():
+            self.streak = self.streak + 1 if bad else torch.zeros_like(self.streak)
+            exceeded |= bool(limit) and int(self.streak) >= limit
+        by_name = self.nonfinite.sum(dim=0)
         worst = by_name.argsort(descending=True, stable=True)[:3]
-        return {
+        found = {
             'nonfinite': int(by_name.sum()),
-            'nonfinite_in': {self.names[i]: int(by_name[i]) for i in worst.tolist() if by_name[i]},
+            'nonfinite_in': {names[i]: int(by_name[i]) for i in worst.tolist() if by_name[i]},
         }
-
-    def exceeded(self) -> bool:
-        """Whether there have been `limit` such steps in a row."""
-        return bool(self.limit) and self.streak >= self.limit
+        return found, exceeded

@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 class BackgroundWriter:
     """Runs one writing job at a time in a thread of its own.
 
-    As a context manager it waits for the last job; its error, if any, is raised there unless another one is under way.
+    As a context manager it waits for the last job and raises its error, if any. Where an error is under way it does
+    not: that one shall be told at once.
     """
 
     def __init__(self):
@@ -22,7 +23,7 @@ class BackgroundWriter:
             if kind is None:
                 self.wait()
         finally:
-            self._pool.shutdown(wait=True)
+            self._pool.shutdown(wait=False)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Start a job as soon as the one before is done, which is waited for: never more than one set of copies.
