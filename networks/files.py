@@ -29,6 +29,8 @@ class NetworkInfo:
         preset: Name of the training preset.
         dataset: Name of the training data.
         encoder: What turns its output into images, see `networks.encoders.ENCODERS`.
+        ema_lengths: Patterns of parameter names and their lengths, where they differ.
+        ema_halflife: Half-life of a traditional EMA, in images.
     """
 
     config: NetworkConfig
@@ -37,6 +39,8 @@ class NetworkInfo:
     preset: str
     dataset: str = ''
     encoder: str = 'rgb'
+    ema_lengths: tuple[tuple[str, float], ...] | None = None
+    ema_halflife: int | None = None
 
     def to_header(self) -> dict[str, Any]:
         """As plain values; `from_header` is its inverse."""
@@ -54,7 +58,17 @@ class NetworkInfo:
         try:
             config = NetworkConfig.from_json(header['config'])
             encoder = str(header.get('encoder', 'rgb'))  # files of before there were others do not say
-            return cls(config, header['nimg'], header['ema_std'], header['preset'], header['dataset'], encoder)
+            lengths = header.get('ema_lengths')
+            return cls(
+                config,
+                header['nimg'],
+                header['ema_std'],
+                header['preset'],
+                header['dataset'],
+                encoder,
+                None if lengths is None else tuple((str(pattern), float(std)) for pattern, std in lengths),
+                header.get('ema_halflife'),
+            )
         except KeyError as error:
             raise UserError(f'{path}: the header lacks {error.args[0]!r}') from None
         except (TypeError, AttributeError) as error:

@@ -33,7 +33,7 @@ from training.dataset import ImageDataset
 from training.initial import check_initial
 from training.loop import train
 from training.presets import PRESETS
-from training.reconstruct import find_snapshots, reconstruct
+from training.reconstruct import Plan, Wanted, find_snapshots
 
 TINY = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16, block='A')
 
@@ -577,17 +577,16 @@ def raw_snapshots(tmp_path_factory):
 def test_reconstruction_from_raw_snapshots(tmp_path, raw_snapshots):
     convert_folder(raw_snapshots, tmp_path / 'ours')
     results = []
-    for name, folder in (('theirs', raw_snapshots), ('ours', tmp_path / 'ours')):
-        (tmp_path / f'out-{name}').mkdir()
+    for folder in (raw_snapshots, tmp_path / 'ours'):
         snapshots = find_snapshots(folder)
         assert [s.info.nimg for s in snapshots] == [n * 2**23 for n in (1, 1, 2, 2, 3, 3)]
-        ((path, _),) = reconstruct(snapshots, [0.075], tmp_path / f'out-{name}')
-        assert path.name == 'phema-0025165-0.075.safetensors'
-        results.append(load_network(path))
-    (net, info), (other, other_info) = results
-    assert info == other_info and info.preset == 'edm2-img64-s'
-    for name, tensor in net.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
+        ((_, info, weights),) = Plan.make(snapshots, [Wanted.of_length(0.075)]).reconstruct()
+        results.append((info, weights))
+    (info, weights), (other_info, other) = results
+    assert info == other_info and info.preset == 'edm2-img64-s' and info.nimg == 3 * 2**23
+    assert weights.keys() == other.keys()
+    for name, tensor in weights.items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, other[name]), name
 
 
 def test_converted_snapshots_beside_their_originals_count_once(tmp_path, raw_snapshots):

@@ -22,6 +22,7 @@ FREE_TO_CHANGE = {
     'duration',
     'slice',
     'snapshot',
+    'snapshot_precision',
     'checkpoint',
     'keep',
     'status',
@@ -51,9 +52,12 @@ class TrainConfig:
         batch: Images in a step, over all ranks and accumulation rounds.
         micro_batch: Images that one rank processes at once; None for as many as its share of the batch.
         ema_stds: Lengths of the power-function EMAs.
+        ema_halflife: Images over which a traditional EMA beside them forgets half; None for none.
+        ema_rampup: Share of the training time that its half-life may be at most; 0 for no such bound.
         snapshot, checkpoint, status, preview: Intervals of EMA snapshots, full states, status lines, sample grids.
         slice: Images after which this process stops, to be continued by another; None for no such limit.
         keep: Newest full states that stay on disk; 0 for all.
+        snapshot_precision: Of the parameters in EMA snapshots.
         loss_scaling: Factor on the loss before its gradient, against underflow in FP16.
         nonfinite_steps: Steps in a row with gradients that are not finite after which the run stops; 0 for never.
         held_out: Share of the data that is not trained on but evaluated at every snapshot.
@@ -75,12 +79,15 @@ class TrainConfig:
     batch: int
     micro_batch: int | None = None
     ema_stds: tuple[float, ...] = (0.050, 0.100)
+    ema_halflife: int | None = None
+    ema_rampup: float = 0.05
     snapshot: int = 8 * 2**20
     checkpoint: int = 128 * 2**20
     status: int = 128 * 2**10
     preview: int = 8 * 2**20
     slice: int | None = None
     keep: int = 2
+    snapshot_precision: str = 'fp16'
     loss_scaling: float = 1.0
     nonfinite_steps: int = 100
     held_out: float = 0.0
@@ -131,8 +138,13 @@ class TrainConfig:
             found.append(
                 f'EMA lengths must differ in their first three decimals, at least one is needed: {self.ema_stds}'
             )
-        if self.precision not in PRECISIONS:
-            found.append(unknown_choice('precision', self.precision, PRECISIONS))
+        for name in ('precision', 'snapshot_precision'):
+            if getattr(self, name) not in PRECISIONS:
+                found.append(unknown_choice(name.replace('_', ' '), getattr(self, name), PRECISIONS))
+        if self.ema_halflife is not None and self.ema_halflife <= 0:
+            found.append(f'the half-life of the traditional EMA must be positive, not {self.ema_halflife}')
+        if not 0 <= self.ema_rampup <= 1:
+            found.append(f'the ramp-up of the traditional EMA must be a share of the training, not {self.ema_rampup}')
         if self.learning_rate.ref <= 0 or self.learning_rate.decay < 0 or self.learning_rate.rampup < 0:
             found.append(
                 f'a positive learning rate, decay and ramp-up of at least 0 are needed, not {self.learning_rate}'

@@ -8,7 +8,6 @@ from dnnlib.errors import UserError
 from networks.config import NetworkConfig
 from networks.files import fitting_network, open_network
 from torch_utils import distributed
-from training.phema import PowerEMA
 from training.state import TrainState
 
 MAY_DIFFER = {'label_dim', 'dropout'}
@@ -55,6 +54,6 @@ def start_from(state: TrainState, source: str, offline: bool = False) -> None:
             for name, tensor in state.net.state_dict().items():
                 if same_classes or name != LABEL_WEIGHT:
                     tensor.copy_(file.get(name))
-    state.ema = PowerEMA(state.net.state_dict(), state.config.ema_stds)
+    state.begin_averages()
     note = '' if same_classes else '; the classes differ, their embedding begins anew'
     distributed.print0(f'starting from the weights of {source}{note}')

@@ -71,6 +71,19 @@ def correlation(t_a: np.ndarray, exp_a: np.ndarray, t_b: np.ndarray, exp_b: np.n
     return (exp_a + 1) * (exp_b + 1) * (t_a / t_b) ** exp_b_later / ((exp_a + exp_b + 1) * t_b)
 
 
+def profile(t: np.ndarray, t_end: float, std: float) -> np.ndarray:
+    """Weight that an average of length `std` at time `t_end` gives to time t (EDM2 eq. 124), which integrates to 1.
+
+    Args:
+        t: Times, float64.
+        t_end: When the average was taken.
+        std: Its length.
+    """
+    exp = std_to_exp(std)
+    t = np.asarray(t, dtype=np.float64)
+    return np.where(t <= t_end, (exp + 1) / t_end * (np.minimum(t, t_end) / t_end) ** exp, 0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Combination:
     """How to combine snapshots into one profile.

@@ -5,7 +5,7 @@ import math
 import torch
 
 from networks.complexity import complexity, kept_for_gradients
-from networks.denoiser import Denoiser
+from networks.denoiser import PRECISIONS, Denoiser
 from training.config import TrainConfig
 
 
@@ -20,18 +20,19 @@ def plan(config: TrainConfig, world_size: int) -> list[tuple[str, str]]:
     with torch.device('meta'):
         net = Denoiser(config.network)
     numbers = sum(t.numel() for t in net.state_dict().values())
-    micro, emas = config.micro_batch_for(world_size), len(config.ema_stds)
+    micro, emas = config.micro_batch_for(world_size), _emas(config)
     snapshots = math.ceil(config.duration / config.snapshot)
     states = math.ceil(config.duration / config.checkpoint)
     kept = min(states, config.keep) if config.keep else states
     state_bytes = 4 * (numbers * (1 + emas) + 2 * cost.parameters)  # weights, averages, two moments
+    snapshot = PRECISIONS[config.snapshot_precision].itemsize * numbers
     rows = [
         ('parameters', f'{cost.parameters / 1e6:.2f} M'),
         ('one forward pass', f'{cost.operations / 1e9:.2f} GFLOPs (a multiply-accumulate counts as one)'),
         ('steps', f'{config.duration // config.batch} of {config.batch} images'),
         ('ranks', f'{world_size}: {config.batch // world_size} images each per step, {micro} at once'),
-        ('snapshots', f'{snapshots} times {emas}, {format_bytes(2 * numbers)} each, '
-                      f'{format_bytes(2 * numbers * snapshots * emas)} together'),
+        ('snapshots', f'{snapshots} times {emas}, {format_bytes(snapshot)} each, '
+                      f'{format_bytes(snapshot * snapshots * emas)} together'),
         ('states', f'{states}, of which {kept} stay, {format_bytes(state_bytes)} each, '
                    f'{format_bytes(state_bytes * kept)} together'),
     ]  # fmt: skip
@@ -48,13 +49,18 @@ def memory(config: TrainConfig, world_size: int, parameters: int) -> dict[str, i
     top, and torch.compile may need less.
     """
     activations, weights = kept_for_gradients(config.network, config.precision)
-    copies = 1 + 1 + 2 + len(config.ema_stds)  # weights, gradients, two moments, averages
+    copies = 1 + 1 + 2 + _emas(config)  # weights, gradients, two moments, averages
     copies += 1 if world_size > 1 else 0  # buckets in which gradients travel
     return {
         'parameters, gradients, optimizer, EMAs': 4 * parameters * copies,
         'normalized weights': weights,
         'activations': config.micro_batch_for(world_size) * activations,
     }
+
+
+def _emas(config: TrainConfig) -> int:
+    """Number of averages that are tracked."""
+    return len(config.ema_stds) + (config.ema_halflife is not None)
 
 
 def format_bytes(size: float) -> str:

@@ -1,32 +1,110 @@
-"""Snapshots of a run to networks of any EMA length, streamed from disk tensor by tensor."""
+"""Snapshots of a run to networks of any EMA length, streamed from disk."""
 
 import contextlib
 import dataclasses
+import fnmatch
+import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from dnnlib.errors import UserError
-from networks.files import NetworkInfo, fitting_network, is_constant, open_network, read_info, save_network
-from training.config import KIMG
-from training.phema import STD_LIMIT, Combination, combine, solve
+from networks.denoiser import Denoiser
+from networks.files import NetworkInfo, fitting_network, is_constant, open_network
+from training.phema import STD_LIMIT, Combination, solve
+
+FILES_AT_ONCE = 8  # snapshots that are combined in one multiplication
+ELEMENTS_AT_ONCE = 2**14  # of a tensor; with the files above they fit into a core's cache
+BYTES_AT_ONCE = 2**25  # of each file between opening and closing it, so that no more is mapped
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A network file with a tracked EMA in it."""
+    """A network file with a tracked EMA in it.
+
+    Args:
+        path: Of the file.
+        info: What it says of itself.
+        dtype: In which its parameters are stored.
+    """
 
     path: str
     info: NetworkInfo
+    dtype: torch.dtype
 
 
-def find_snapshots(folder: str | os.PathLike) -> list[Snapshot]:
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A network to reconstruct.
+
+    Args:
+        label: Names it in file names.
+        lengths: (pattern of parameter names, EMA length), the first that matches a name counts.
+    """
+
+    label: str
+    lengths: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def of_length(cls, std: float) -> 'Wanted':
+        """One length for all parameters."""
+        return cls(f'{std:.3f}', (('*', std),))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> 'Wanted':
+        """Read a JSON object of patterns and lengths, such as {"unet.enc.*": 0.05, "*": 0.10}.
+
+        Raises:
+            UserError: where it is none.
+            OSError: where it cannot be read.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding='utf-8'))
+        except ValueError as error:
+            raise UserError(f'{path} is no JSON: {error}') from None
+        if not isinstance(values, dict) or not values or not all(type(v) in (int, float) for v in values.values()):
+            raise UserError(f'{path} must hold patterns and lengths, such as {{"unet.enc.*": 0.05, "*": 0.10}}')
+        return cls(Path(path).stem, tuple((pattern, float(std)) for pattern, std in values.items()))
+
+    @property
+    def std(self) -> float | None:
+        """The length, if there is but one."""
+        return self.lengths[0][1] if len({std for _, std in self.lengths}) == 1 else None
+
+    def length_of(self, name: str) -> float:
+        """EMA length of a parameter."""
+        return next(std for pattern, std in self.lengths if fnmatch.fnmatchcase(name, pattern))
+
+    def problems(self, names: Collection[str]) -> list[str]:
+        """What keeps it from being reconstructed for parameters of those names."""
+        found = [
+            f'EMA lengths must be between 0 and {STD_LIMIT:.4f}, not {std}'
+            for _, std in self.lengths
+            if not 0 < std < STD_LIMIT
+        ]
+        for pattern, _ in self.lengths:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                found.append(f'{self.label}: no parameter has a name like {pattern}')
+        left = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in self.lengths)]
+        if left:
+            found.append(f'{self.label}: no pattern matches {left[0]}; add "*" for the rest')
+        return found
+
+
+def find_snapshots(folder: str | os.PathLike, stds: Collection[float] | None = None) -> list[Snapshot]:
     """All snapshots of a run folder, by time and length: ours, `network-snapshot-*.safetensors`, or published ones.
 
     The latter are the pickles `network-snapshot-KIMG-STD.pkl`, where a file of ours does not have the same name.
+
+    Args:
+        folder: Of the run.
+        stds: Use those of these lengths only.
 
     Raises:
         UserError: where there are none, one cannot be read, or they are of different networks.
@@ -37,14 +115,20 @@ def find_snapshots(folder: str | os.PathLike) -> list[Snapshot]:
     paths += sorted(p for p in Path(folder).iterdir() if p.match('network-snapshot-*.pkl') and p.stem not in ours)
     if not paths:
         raise UserError(f'{folder} holds no network-snapshot-*.safetensors; is it the folder of a training run?')
-    snapshots = [Snapshot(os.fspath(path), read_info(path)) for path in tqdm(paths, unit='file', disable=None)]
-    first = snapshots[0]
-    found = [
-        f'{s.path} is of another network than {first.path}' for s in snapshots if s.info.config != first.info.config
-    ]
-    found += [f'{s.path} is no power-function EMA' for s in snapshots if not s.info.ema_std or s.info.nimg <= 0]
-    keys = {}
+    snapshots = [_describe(path) for path in tqdm(paths, desc='snapshots', unit='file', disable=None)]
+    if stds is not None:
+        there = {s.info.ema_std for s in snapshots}
+        missing = [std for std in stds if std not in there]
+        if missing:
+            has = ', '.join(str(std) for std in sorted(there, key=lambda std: std or 0))
+            raise UserError([f'{folder} has no snapshots of length {std}, but of {has}' for std in missing])
+        snapshots = [s for s in snapshots if s.info.ema_std in stds]
+    first, found, keys = snapshots[0], [], {}
     for s in snapshots:
+        if s.info.config != first.info.config:
+            found.append(f'{s.path} is of another network than {first.path}')
+        if not s.info.ema_std or not 0 < s.info.ema_std < STD_LIMIT or s.info.nimg <= 0:
+            found.append(f'{s.path} is no power-function EMA')
         if (other := keys.setdefault((s.info.nimg, s.info.ema_std), s)) is not s:
             found.append(f'{s.path} has the time and length of {other.path}')
     if found:
@@ -52,64 +136,187 @@ def find_snapshots(folder: str | os.PathLike) -> list[Snapshot]:
     return sorted(snapshots, key=lambda s: (s.info.nimg, s.info.ema_std))
 
 
-def plan(snapshots: Sequence[Snapshot], stds: Iterable[float], nimg: int | None = None) -> list[Combination]:
-    """How to combine the snapshots into each length at one time.
+def _describe(path: Path) -> Snapshot:
+    """Open a snapshot and make sure that it holds what its network needs."""
+    with open_network(path) as file:
+        net = fitting_network(file)
+        name = next(name for name, _ in net.named_parameters() if 'weight' in name)
+        return Snapshot(os.fspath(path), file.info, file.get(name).dtype)
 
-    Args:
-        snapshots: As found.
-        stds: Lengths wanted.
-        nimg: Time wanted; None for that of the last snapshot.
 
-    Raises:
-        UserError: for lengths outside (0, 0.2886) and times without a snapshot.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How to reconstruct some networks.
+
+    Attributes:
+        snapshots: Those that are used, by time and length.
+        nimg: Training time of the results.
+        wanted: The networks.
+        combinations: By EMA length.
     """
-    stds, times = list(stds), sorted({s.info.nimg for s in snapshots})
-    nimg = times[-1] if nimg is None else nimg
-    found = [f'EMA lengths must be between 0 and {STD_LIMIT:.4f}, not {std}' for std in stds if not 0 < std < STD_LIMIT]
-    if len({f'{std:.3f}' for std in stds}) < len(stds):
-        found.append(f'EMA lengths must differ in their first three decimals, which name the files: {stds}')
-    if nimg not in times:
-        near = min(times, key=lambda t: abs(t - nimg))
-        found.append(f'there is no snapshot at {nimg} images; the nearest is at {near}')
-    if found:
-        raise UserError(found)
-    usable = [s for s in snapshots if s.info.nimg <= nimg]
-    in_t, in_std = [s.info.nimg for s in usable], [s.info.ema_std for s in usable]
-    return [solve(in_t, in_std, nimg, std) for std in stds]
+
+    snapshots: list[Snapshot]
+    nimg: int
+    wanted: list[Wanted]
+    combinations: dict[float, Combination]
+
+    @classmethod
+    def make(cls, snapshots: Sequence[Snapshot], wanted: Sequence[Wanted], nimg: int | None = None) -> 'Plan':
+        """Solve for all lengths.
+
+        Args:
+            snapshots: As found.
+            wanted: The networks.
+            nimg: Time wanted; None for that of the last snapshot.
+
+        Raises:
+            UserError: for lengths outside (0, 0.2886), patterns that fit nothing, times before the first snapshot
+                or after the last.
+        """
+        names = [name for name, _ in _network(snapshots[0]).named_parameters()]
+        first, last = snapshots[0].info.nimg, snapshots[-1].info.nimg
+        nimg = last if nimg is None else nimg
+        found = [problem for each in wanted for problem in each.problems(names)]
+        labels = [each.label for each in wanted]
+        if len(set(labels)) < len(labels):
+            found.append(
+                f'EMA lengths must differ in their first three decimals, which name the files: {", ".join(labels)}'
+            )
+        if not first <= nimg <= last:
+            found.append(f'there is no snapshot at or before {nimg} images; the first is at {first}, the last at {last}'
+                         if nimg < first else f'training ended at {last} images, before {nimg}')  # fmt: skip
+        if found:
+            raise UserError(list(dict.fromkeys(found)))
+        used = [s for s in snapshots if s.info.nimg <= nimg]
+        in_t, in_std = [s.info.nimg for s in used], [s.info.ema_std for s in used]
+        stds = dict.fromkeys(std for each in wanted for _, std in each.lengths)
+        return cls(used, nimg, list(wanted), {std: solve(in_t, in_std, nimg, std) for std in stds})
+
+    def warnings(self) -> list[str]:
+        """What to doubt of the results."""
+        found = []
+        epsilon = max(torch.finfo(s.dtype).eps for s in self.snapshots)
+        for std, combination in self.combinations.items():
+            if combination.error > 0.1:
+                near = self.snapshots[-1].info.nimg
+                why = 'more snapshots are needed, or it lies too far from the stored lengths'
+                why = why if near == self.nimg else f'the nearest snapshot before it is at {near} images'
+                found.append(f'length {std:g}: the profile is {combination.error:.0%} from the one wanted; {why}')
+            if (rounding := combination.amplification * epsilon / 2) > 0.01:
+                found.append(
+                    f'length {std:g}: rounding of the snapshots is amplified {combination.amplification:.0f} times, '
+                    f'to as much as {rounding:.1%} of a weight; snapshots of more precision help'
+                )
+        return found
+
+    def passes(self, memory: float) -> list[list[Wanted]]:
+        """Split what is wanted so that each part fits into `memory` bytes; a part has at least one network."""
+        numbers = sum(p.numel() for p in _network(self.snapshots[0]).parameters())
+        fit = max(int(min(memory / (numbers * self._dtype.itemsize), len(self.wanted))), 1)
+        return [self.wanted[i : i + fit] for i in range(0, len(self.wanted), fit)]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """To add up in: float64, but float32 for 16-bit snapshots, whose rounding is 10^4 times that of float32."""
+        return torch.float32 if all(s.dtype.itemsize == 2 for s in self.snapshots) else torch.float64
+
+    def reconstruct(self, memory: float = math.inf) -> Iterator[tuple[Wanted, NetworkInfo, dict[str, torch.Tensor]]]:
+        """Combine the snapshots. Every one of them is read once in each pass.
+
+        In memory are the networks of a pass, and 1/4 GiB of what is read.
+
+        Args:
+            memory: Bytes that the networks of a pass may take.
+
+        Yields:
+            What was wanted, its header, and its float32 weights, in the order of `wanted`.
+
+        Raises:
+            UserError: naming a snapshot that has changed since it was found, or holds numbers that are not finite.
+        """
+        parts = self.passes(memory)
+        last = self.snapshots[-1].info
+        names = [name for name, _ in _network(self.snapshots[0]).named_parameters()]
+        for part in parts:
+            totals = self._combine(names, part, len(parts))
+            with open_network(self.snapshots[-1].path) as file:
+                constants = {name: file.get(name).float() for name in file.names if is_constant(name)}
+            for i, each in enumerate(part):
+                lengths = None if each.std else each.lengths
+                info = dataclasses.replace(last, nimg=self.nimg, ema_std=each.std, ema_lengths=lengths)
+                yield each, info, {name: total[i].float() for name, total in totals.items()} | constants
+
+    def _combine(self, names: list[str], part: list[Wanted], parts: int) -> dict[str, torch.Tensor]:
+        """Weighted sums of all snapshots, [len(part), ...] for each parameter."""
+        net = dict(_network(self.snapshots[0]).named_parameters())
+        totals = {name: torch.zeros(len(part), *net[name].shape, dtype=self._dtype) for name in names}
+        coefficients = {
+            name: torch.from_numpy(
+                np.stack([self.combinations[each.length_of(name)].coefficients for each in part])
+            ).to(self._dtype)
+            for name in names
+        }
+        # Pickles are read whole as they are opened; of ours no more than a group of tensors is mapped at a time.
+        groups = _groups(net) if all(s.path.endswith('.safetensors') for s in self.snapshots) else [names]
+        blocks = range(0, len(self.snapshots), FILES_AT_ONCE)
+        title = 'combining' if parts == 1 else f'combining, pass of {parts}'
+        with (
+            ThreadPoolExecutor(torch.get_num_threads()) as pool,
+            tqdm(total=len(self.snapshots), desc=title, unit='file', disable=None) as bar,
+        ):
+            for start in blocks:
+                block = self.snapshots[start : start + FILES_AT_ONCE]
+                for group in groups:
+                    with contextlib.ExitStack() as stack:
+                        files = [stack.enter_context(open_network(s.path)) for s in block]
+                        jobs = [
+                            pool.submit(_add, totals[name], coefficients[name][:, start : start + len(block)],
+                                        [file.get(name) for file in files])
+                            for name in group
+                        ]  # fmt: skip
+                        for job in jobs:
+                            job.result()
+                self._check_finite(block, totals)
+                bar.update(len(block))
+        return totals
+
+    def _check_finite(self, block: list[Snapshot], totals: dict[str, torch.Tensor]) -> None:
+        bad = [name for name, total in totals.items() if not math.isfinite(float(total.sum()))]
+        for name in bad:
+            for snapshot in block:
+                with open_network(snapshot.path) as file:
+                    if not file.get(name).isfinite().all():
+                        raise UserError(f'{snapshot.path}: {name} holds numbers that are not finite')
 
 
-def reconstruct(
-    snapshots: Sequence[Snapshot], stds: Sequence[float], folder: Path, nimg: int | None = None
-) -> list[tuple[Path, Combination]]:
-    """Write a network file for every length to `phema-KIMG-STD.safetensors`, in float32.
+def _network(snapshot: Snapshot) -> torch.nn.Module:
+    """Its network on the meta device."""
+    with torch.device('meta'):
+        return Denoiser(snapshot.info.config)
 
-    Every snapshot is read once, one tensor at a time; in memory are the networks written and that tensor.
 
-    Returns:
-        Path and combination of each, in the order of `stds`.
+def _groups(net: dict[str, torch.nn.Parameter]) -> list[list[str]]:
+    """Parameters in their order, in groups of no more than BYTES_AT_ONCE in 16 bits, but at least one."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, p in net.items():
+        if groups[-1] and size + 2 * p.numel() > BYTES_AT_ONCE:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += 2 * p.numel()
+    return groups
 
-    Raises:
-        UserError: for a length or time that cannot be had, or a snapshot whose tensors cannot be read.
-    """
-    combinations = plan(snapshots, stds, nimg)
-    used = snapshots[: len(combinations[0].coefficients)]  # in order of time
-    last = used[-1].info
-    networks: list[dict[str, torch.Tensor]] = [{} for _ in stds]
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open_network(s.path)) for s in used]
-        for file in files:
-            fitting_network(file)
-        for name in tqdm(files[-1].names, unit='tensor', disable=None):
-            if is_constant(name):
-                for network in networks:
-                    network[name] = files[-1].get(name).float()
-                continue
-            tensors = [file.get(name) for file in files]
-            for network, combination in zip(networks, combinations, strict=True):
-                network[name] = combine(tensors, combination.coefficients).float()
-    results = []
-    for std, network, combination in zip(stds, networks, combinations, strict=True):
-        path = folder / f'phema-{last.nimg // KIMG:07d}-{std:.3f}.safetensors'
-        save_network(path, network, dataclasses.replace(last, ema_std=std))
-        results.append((path, combination))
-    return results
+
+def _add(total: torch.Tensor, coefficients: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+    """total [networks, ...] += coefficients [networks, files] @ tensors (files times [...]), piece by piece."""
+    total = total.view(len(total), -1)
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    count = total.shape[1]
+    room = torch.empty(len(flat), min(count, ELEMENTS_AT_ONCE), dtype=total.dtype)
+    for start in range(0, count, ELEMENTS_AT_ONCE):
+        stop = min(start + ELEMENTS_AT_ONCE, count)
+        piece = room[:, : stop - start]
+        for row, tensor in zip(piece, flat, strict=True):
+            row.copy_(tensor[start:stop])
+        total[:, start:stop].addmm_(coefficients, piece)

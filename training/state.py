@@ -1,5 +1,6 @@
 """The whole state of a run between two steps, and its files."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable
@@ -8,10 +9,11 @@ from typing import Any
 
 import torch
 
-from networks.denoiser import Denoiser
+from networks.denoiser import PRECISIONS, Denoiser
 from networks.files import NetworkInfo, is_constant, save_network
 from torch_utils.tensor_files import TensorFile, UnreadableFileError, save_tensors
 from training.config import KIMG, TrainConfig, refuse_differences
+from training.ema import HalfLifeEMA
 from training.phema import PowerEMA
 from training.step_stats import PendingStats
 
@@ -29,6 +31,7 @@ class TrainState:
         net: The network in training mode.
         optimizer: Adam.
         ema: Power-function averages of the network.
+        traditional: Exponential average of the network, or None.
         stats: What goes into the next status line.
         nimg: Images trained on.
     """
@@ -37,9 +40,17 @@ class TrainState:
         self.config = config
         self.nimg = 0
         self.net = Denoiser(config.network, seed=config.seed, precision=config.precision).train().to(device)
-        self.ema = PowerEMA(self.net.state_dict(), config.ema_stds)
+        self.begin_averages()
         self.stats = PendingStats(len(list(self.net.parameters())))
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, betas=(0.9, 0.99), eps=1e-8, foreach=True)
+
+    def begin_averages(self) -> None:
+        """Let all averages begin with the weights as they are."""
+        weights, config = self.net.state_dict(), self.config
+        self.ema = PowerEMA(weights, config.ema_stds)
+        self.traditional = None
+        if config.ema_halflife is not None:
+            self.traditional = HalfLifeEMA(weights, config.ema_halflife, config.ema_rampup)
 
     def saving(self, folder: Path) -> Callable[[], None]:
         """Copy everything to the host's memory now, the statistics as they were last collected.
@@ -48,13 +59,7 @@ class TrainState:
             What writes it to `training-state-KIMG.safetensors`, then drops all but the newest states; training may
             go on meanwhile.
         """
-        tensors = {f'net/{name}': t for name, t in self.net.state_dict().items()}
-        for std, average in self.ema.averages.items():
-            tensors |= {f'ema/{std}/{name}': t for name, t in average.items()}
-        for name, p in self.net.named_parameters():
-            tensors |= {f'optimizer/{key}/{name}': t for key, t in self.optimizer.state[p].items()}
-        tensors |= {f'stats/{name}': t for name, t in self.stats.tensors().items()}
-        copies = {name: _host_copy(t) for name, t in tensors.items()}
+        copies = {name: _host_copy(t) for name, t in self._tensors().items()}
         header = {'kind': KIND, 'nimg': self.nimg, 'config': self.config.to_json()}
         path, keep = folder / f'training-state-{self.nimg // KIMG:07d}.safetensors', self.config.keep
 
@@ -81,18 +86,39 @@ class TrainState:
             self._check(path, tensors)
             nimg = file.header['nimg']
         self.net.load_state_dict({name: tensors[f'net/{name}'] for name in self.net.state_dict()})
-        for std, average in self.ema.averages.items():
+        for prefix, average in self._averages().items():
             for name, t in average.items():
-                t.copy_(tensors[f'ema/{std}/{name}'])
+                t.copy_(tensors[f'{prefix}/{name}'])
         self._load_optimizer(tensors)
         self.stats.load({name: tensors[f'stats/{name}'] for name in self.stats.NAMES})
         self.nimg = nimg
 
+    def update_averages(self) -> None:
+        """Average in the weights as they are after a step."""
+        weights = self.net.state_dict()
+        self.ema.update(weights, self.nimg, self.config.batch)
+        if self.traditional is not None:
+            self.traditional.update(weights, self.nimg, self.config.batch)
+
+    def _averages(self) -> dict[str, dict[str, torch.Tensor]]:
+        """All averages, by the name they have in a state."""
+        averages = {f'ema/{std}': average for std, average in self.ema.averages.items()}
+        return averages if self.traditional is None else {**averages, 'ema/half-life': self.traditional.average}
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Everything, by the name it has in a state."""
+        tensors = {f'net/{name}': t for name, t in self.net.state_dict().items()}
+        for prefix, average in self._averages().items():
+            tensors |= {f'{prefix}/{name}': t for name, t in average.items()}
+        for name, p in self.net.named_parameters():
+            tensors |= {f'optimizer/{key}/{name}': t for key, t in self.optimizer.state[p].items()}
+        return tensors | {f'stats/{name}': t for name, t in self.stats.tensors().items()}
+
     def _check(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         """Make sure that all is there, and of the right shape, before anything is overwritten."""
         shapes = {f'net/{name}': t.shape for name, t in self.net.state_dict().items()}
-        for std, average in self.ema.averages.items():
-            shapes |= {f'ema/{std}/{name}': t.shape for name, t in average.items()}
+        for prefix, average in self._averages().items():
+            shapes |= {f'{prefix}/{name}': t.shape for name, t in average.items()}
         for name, p in self.net.named_parameters():
             shapes |= {f'optimizer/{key}/{name}': p.shape for key in ('exp_avg', 'exp_avg_sq')}
             shapes[f'optimizer/step/{name}'] = torch.Size()
@@ -112,21 +138,29 @@ class TrainState:
         self.optimizer.load_state_dict(saved)
 
     def saving_snapshots(self, folder: Path) -> Callable[[], None]:
-        """Copy the EMAs to the host's memory now, parameters in FP16 as EDM2 publishes them.
+        """Copy the EMAs to the host's memory now, parameters in `config.snapshot_precision`.
 
         Returns:
-            What writes each to `network-snapshot-KIMG-STD.safetensors`.
+            What writes each power-function EMA to `network-snapshot-KIMG-STD.safetensors`, and a traditional one to
+            `network-ema-KIMG.safetensors`.
         """
-        snapshots = []
-        for std, average in self.ema.averages.items():
-            info = NetworkInfo(self.config.network, self.nimg, std, self.config.preset, self.config.dataset)
-            name = f'network-snapshot-{self.nimg // KIMG:07d}-{std:.3f}.safetensors'
-            copies = {n: _host_copy(t if is_constant(n) else t.to(torch.float16)) for n, t in average.items()}
-            snapshots.append((folder / name, copies, info))
+        config, kimg, dtype = self.config, f'{self.nimg // KIMG:07d}', PRECISIONS[self.config.snapshot_precision]
+        info = NetworkInfo(config.network, self.nimg, None, config.preset, config.dataset)
+        averages = [
+            (f'network-snapshot-{kimg}-{std:.3f}', average, dataclasses.replace(info, ema_std=std))
+            for std, average in self.ema.averages.items()
+        ]
+        if self.traditional is not None:
+            halflife = dataclasses.replace(info, ema_halflife=config.ema_halflife)
+            averages.append((f'network-ema-{kimg}', self.traditional.average, halflife))
+        snapshots = [
+            (folder / f'{name}.safetensors', {n: _stored(n, t, dtype) for n, t in average.items()}, about)
+            for name, average, about in averages
+        ]
 
         def write() -> None:
-            for path, copies, info in snapshots:
-                save_network(path, copies, info, dtype=torch.float16)
+            for path, copies, about in snapshots:
+                save_network(path, copies, about, dtype=None)
 
         return write
 
@@ -138,13 +172,18 @@ class TrainState:
         return net.eval().requires_grad_(False)
 
 
+def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy for a snapshot."""
+    return _host_copy(tensor if is_constant(name) else tensor.to(dtype))
+
+
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to('cpu', copy=True)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a process that was killed while it wrote has left half-written."""
-    ours = ('training-state-', 'network-snapshot-', 'samples-', 'config.', 'stats.', 'metrics.', 'loss.')
+    ours = ('training-state-', 'network-', 'samples-', 'config.', 'stats.', 'metrics.', 'loss.')
     for path in folder.glob('.*.tmp'):
         if path.name.removeprefix('.').startswith(ours):
             path.unlink(missing_ok=True)

@@ -56,7 +56,7 @@ class Stepper:
             state.optimizer.step()
         state.nimg += config.batch
         with timer.phase('ema'):
-            state.ema.update(state.net.state_dict(), state.nimg, config.batch)
+            state.update_averages()
         return stats
 
     def _gradients_travel(self, now: bool) -> contextlib.AbstractContextManager:
