@@ -7,88 +7,135 @@ import click
 import torch
 
 from dnnlib import cli
+from dnnlib.errors import UserError
 from dnnlib.files import make_folder
 from dnnlib.images import image_grid, save_png
 from networks.denoiser import Denoiser
 from sampling.pipeline import SamplerConfig, generate
 from torch_utils import distributed
-from training.config import KIMG, from_preset
+from training.board import require_tensorboard
+from training.config import KIMG, TrainConfig, from_preset
 from training.initial import check_initial
 from training.loop import open_dataset, train
+from training.plan import plan
 from training.presets import PRESETS, get_preset
 
 EPILOG = """\b
 Examples:
   python train.py --preset=edm2plus-digits --data=data/digits.zip --outdir=runs/digits
+  python train.py --preset=edm2plus-img64-xl --batch-gpu=32 --precision=fp16 --dry-run --ranks=32
   torchrun --standalone --nproc_per_node=8 train.py --preset=edm2plus-img64-s \\
-      --data=imagenet64.zip --outdir=runs/img64-s --batch-gpu=64 --precision=fp16
+      --data=imagenet64.zip --outdir=runs/img64-s --batch-gpu=64 --precision=fp16 --compile
+  The same command continues a run that was stopped. See docs/training.md, for Slurm too.
 """
 
+main_group, recipe, execution, output = (
+    cli.group(title) for title in ('Main options', 'Recipe', 'Execution', 'Output and intervals')
+)
 
-@click.command(epilog=EPILOG)
-@click.option('--preset', required=True, metavar='NAME', help=f'Recipe: {", ".join(PRESETS)}.')
-@click.option('--data', required=True, metavar='ZIP|DIR', help='Dataset archive made by dataset_tool.py.')
-@click.option('--outdir', required=True, metavar='DIR', help='Run folder; a run found in it is continued.')
-@click.option('--init', metavar='FILE|URL', help='Network file to start from, ours or a published EDM2 pickle.')
-@click.option('--offline', is_flag=True, help='Download nothing; a URL comes from the cache.')
-@click.option('--cond', type=bool, default=True, show_default=True, help='Train class-conditionally.')
-@click.option('--duration', type=cli.NIMG, help='Length of the run, such as 8Mi.')
-@click.option('--batch', type=cli.NIMG, help='Images in a step, over all ranks.')
-@click.option('--batch-gpu', 'micro_batch', type=cli.NIMG, help='Images that one rank processes at once.')
-@click.option('--channels', type=int, metavar='INT', help='Width of the first level of the network.')
-@click.option('--dropout', type=float, metavar='FLOAT', help='Share of features dropped.')
-@click.option('--P_mean', 'P_mean', type=float, metavar='FLOAT', help='Mean of ln(sigma).')
-@click.option('--P_std', 'P_std', type=float, metavar='FLOAT', help='Standard deviation of ln(sigma).')
-@click.option('--lr', type=float, metavar='FLOAT', help='Highest learning rate, alpha_ref.')
-@click.option('--decay', type=float, metavar='STEPS', help='Steps after which the learning rate falls, t_ref.')
-@click.option('--rampup', type=cli.NIMG, help='Images over which the learning rate rises.')
-@click.option('--ema', 'ema_stds', type=cli.FLOATS, help='EMA lengths to track, such as 0.05,0.10.')
-@click.option('--precision', type=str, metavar='fp32|bf16|fp16', help='Of the features.')
-@click.option('--status', type=cli.NIMG, help='Interval of status lines.')
-@click.option('--preview', type=cli.NIMG, help='Interval of sample grids.')
-@click.option('--snapshot', type=cli.NIMG, help='Interval of EMA snapshots.')
-@click.option('--checkpoint', type=cli.NIMG, help='Interval of full states to continue from.')
-@click.option('--seed', type=int, metavar='INT', help='Of weights, data order and noise.')
-@click.option('--workers', type=int, metavar='INT', help='Data loading processes beside each rank.')
-@click.option('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
-@click.option('-n', '--dry-run', is_flag=True, help='Print the config and stop.')
-def main(preset, data, outdir, offline, cond, device, dry_run, **flags):
+
+@click.command(cls=cli.GroupedCommand, epilog=EPILOG)
+@main_group('--preset', required=True, metavar='NAME', help=f'One of {", ".join(PRESETS)}.')
+@main_group('--data', metavar='ZIP|DIR', help='Dataset archive made by dataset_tool.py.')
+@main_group('--outdir', metavar='DIR', help='Run folder; a run found in it is continued.')
+@main_group('--init', metavar='FILE|URL', help='Network file to start from, ours or a published EDM2 pickle.')
+@main_group('--cond', type=bool, default=True, show_default=True, help='Train class-conditionally.')
+@recipe('--duration', type=cli.NIMG, help='Length of the run, such as 8Mi.')
+@recipe('--batch', type=cli.NIMG, help='Images in a step, over all ranks.')
+@recipe('--channels', type=int, metavar='INT', help='Width of the first level of the network.')
+@recipe('--dropout', type=float, metavar='FLOAT', help='Share of features dropped.')
+@recipe('--P_mean', 'P_mean', type=float, metavar='FLOAT', help='Mean of ln(sigma).')
+@recipe('--P_std', 'P_std', type=float, metavar='FLOAT', help='Standard deviation of ln(sigma).')
+@recipe('--lr', type=float, metavar='FLOAT', help='Highest learning rate, alpha_ref.')
+@recipe('--decay', type=float, metavar='STEPS', help='Steps after which the learning rate falls, t_ref.')
+@recipe('--rampup', type=cli.NIMG, help='Images over which the learning rate rises.')
+@recipe('--ema', 'ema_stds', type=cli.FLOATS, help='EMA lengths to track, such as 0.05,0.10.')
+@recipe('--held-out', type=float, metavar='SHARE', help='Of the data, to evaluate at snapshots instead of training on.')
+@recipe('--seed', type=int, metavar='INT', help='Of weights, data order and noise.')
+@execution('--batch-gpu', 'micro_batch', type=cli.NIMG, help='Images that one rank processes at once.')
+@execution('--precision', type=str, metavar='fp32|bf16|fp16', help='Of the features.')
+@execution('--ls', 'loss_scaling', type=float, metavar='FLOAT', help='Factor on the loss, against underflow in FP16.')
+@execution('--compile/--no-compile', default=None, help='Compile the network.')
+@execution('--workers', type=int, metavar='INT', help='Data loading processes beside each rank.')
+@execution('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
+@execution('--offline', is_flag=True, help='Download nothing; a URL for --init comes from the cache.')
+@execution('--slice', type=cli.NIMG, help='Stop after so many images, to be continued by the same command.')
+@execution('--nonfinite-steps', type=int, metavar='INT', help='Stop when as many steps in a row had bad gradients.')
+@execution('--allow-rounding', is_flag=True, help='Continue although --precision, --compile or --batch-gpu differ.')
+@output('--status', type=cli.NIMG, help='Interval of status lines.')
+@output('--preview', type=cli.NIMG, help='Interval of sample grids.')
+@output('--snapshot', type=cli.NIMG, help='Interval of EMA snapshots.')
+@output('--checkpoint', type=cli.NIMG, help='Interval of full states to continue from.')
+@output('--keep', type=int, metavar='INT', help='Newest full states that stay; 0 for all.')
+@output('--tensorboard', is_flag=True, help='Write events for TensorBoard too.')
+@output('-n', '--dry-run', is_flag=True, help='Print the config and what the run will cost, and stop.')
+@output('--ranks', type=click.IntRange(min=1), help='Number of GPUs to plan for with --dry-run.')
+def main(preset, data, outdir, cond, offline, device, dry_run, ranks, allow_rounding, tensorboard, **flags):
     """Train a diffusion model, or continue the run found in --outdir.
 
     Numbers of images may be written as 4096, 200k or 8Mi. What is not given comes from the preset.
     """
-    dataset, label_dim = open_dataset(data, cond)
     overrides = {name: tuple(v) if isinstance(v, list) else v for name, v in flags.items() if v is not None}
-    config = from_preset(
+    if dry_run:
+        world_size = ranks or int(os.environ.get('WORLD_SIZE', '1'))
+        config, _ = make_config(preset, data, cond, overrides, world_size, offline)
+        click.echo(json.dumps(config.to_json(), indent=2))
+        click.echo('\n' + '\n'.join(f'{name:<20}{value}' for name, value in plan(config, world_size)))
+        if get_preset(preset).result:
+            click.echo(f'{"the paper reports":<20}{get_preset(preset).result}')
+        return
+    get_preset(preset)
+    missing = [f"Missing option '--{name}'" for name, v in (('data', data), ('outdir', outdir)) if v is None]
+    if missing:
+        raise UserError(missing)
+    if tensorboard:
+        require_tensorboard()
+    config, dataset = make_config(preset, data, cond, overrides, int(os.environ.get('WORLD_SIZE', '1')), offline)
+    with distributed.session(device) as chosen:
+        folder = make_folder(outdir)
+        train(
+            config,
+            dataset,
+            folder,
+            chosen,
+            preview=lambda net, nimg: draw_samples(net, nimg, folder),
+            allow_rounding=allow_rounding,
+            tensorboard=tensorboard,
+        )
+
+
+def make_config(
+    preset: str, data: str | None, cond: bool, overrides: dict, world_size: int, offline: bool = False
+) -> tuple:
+    """The config of a run, checked, and its dataset; without data, for those that the preset is made for, and None.
+
+    Raises:
+        UserError: with all problems.
+    """
+    expected = get_preset(preset)
+    image_shape = (expected.img_channels, expected.resolution, expected.resolution)
+    dataset, label_dim = open_dataset(data, cond) if data else (None, expected.label_dim if cond else 0)
+    if dataset and dataset.image_shape != image_shape:
+        click.echo(
+            f'warning: {preset} is made for images of shape {image_shape}, these are {dataset.image_shape}', err=True
+        )
+    config: TrainConfig = from_preset(
         preset,
-        data=data,
-        dataset=dataset.name,
-        fingerprint=dataset.fingerprint,
-        image_shape=dataset.image_shape,
+        data=data or '',
+        dataset=dataset.name if dataset else '',
+        fingerprint=dataset.fingerprint if dataset else '',
+        image_shape=dataset.image_shape if dataset else image_shape,
         label_dim=label_dim,
         overrides=overrides,
-    ).check(int(os.environ.get('WORLD_SIZE', '1')))
-    expected = get_preset(preset)
-    made_for = (expected.img_channels, expected.resolution, expected.resolution)
-    if dataset.image_shape != made_for:
-        click.echo(
-            f'warning: {preset} is made for images of shape {made_for}, these are {dataset.image_shape}', err=True
-        )
+    )
+    config.check(world_size)
     if config.init:
         check_initial(config.init, config.network, offline)
-    if dry_run:
-        click.echo(json.dumps(config.to_json(), indent=2))
-        return
-    chosen = distributed.init(device)
-    try:
-        folder = make_folder(outdir)
-        train(config, dataset, folder, chosen, preview=lambda net, nimg: draw_samples(net, nimg, folder))
-    finally:
-        distributed.close()
+    return config, dataset
 
 
-def draw_samples(net: Denoiser, nimg: int, folder) -> None:
-    """Write a grid of samples with a class per column, the same seeds each time, to samples-KIMG.png."""
+def draw_samples(net: Denoiser, nimg: int, folder):
+    """Write a grid of samples with a class per column, the same seeds each time, to samples-KIMG.png; return it."""
     label_dim = net.config.label_dim
     columns = min(label_dim, 10) or 10
     classes = [i * label_dim // columns for i in range(columns)] if label_dim else None
@@ -96,7 +143,9 @@ def draw_samples(net: Denoiser, nimg: int, folder) -> None:
     images = [batch.images for batch in generate(net, seeds, SamplerConfig(steps=18), classes=classes)]
     pixels = torch.cat(images).permute(0, 2, 3, 1).numpy()
     zoom = max(1, 64 // net.config.img_resolution[0])
-    save_png(folder / f'samples-{nimg // KIMG:07d}.png', image_grid(pixels, columns, zoom))
+    grid = image_grid(pixels, columns, zoom)
+    save_png(folder / f'samples-{nimg // KIMG:07d}.png', grid)
+    return grid
 
 
 if __name__ == '__main__':

@@ -3,8 +3,8 @@
 python -m benchmarks.convert [FOLDER]
 
 The file is written here, in the published structure (edm2-img64-s, FP16). Each measurement is a process of its own,
-with the file in the page cache; the times leave out what importing torch takes. `stock` is Python's unpickler with stubs
-in place of the file's classes and torch.load for each tensor: how one would read such a file without this project.
+with the file in the page cache; the times leave out what importing torch takes. `stock` is Python's unpickler with
+stubs in place of the file's classes and torch.load for each tensor: how one would read it without this project.
 """
 
 import os

@@ -1,10 +1,12 @@
 """How every script of this project runs its command line."""
 
+import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -35,15 +37,63 @@ def run(command: click.Command) -> None:
         if error.filename is None:
             raise
         _fail(f'{error.filename}: {error.strerror}')
+    except Exception:
+        if 'WORLD_SIZE' not in os.environ:
+            raise
+        _die_at_once()
     else:
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _die_at_once() -> None:
+    """Print the traceback with this rank's number, and end."""
+    text = traceback.format_exc()
+    tag = f'[rank {os.environ.get("RANK", "0")}] '
+    sys.stderr.write(''.join(tag + line for line in text.splitlines(keepends=True)))
+    _exit(1)
+
+
+def _exit(status: int) -> NoReturn:
+    """End the process; one of several ranks does so without taking leave of others that may wait for it."""
+    if int(os.environ.get('WORLD_SIZE', '1')) == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _fail(message: str) -> None:
     rank = int(os.environ.get('RANK', '0'))
     where = f' on rank {rank}' if rank else ''
     click.echo(f'{Path(sys.argv[0]).name}: error{where}: {message}', err=True)
-    sys.exit(USAGE_ERROR)
+    _exit(USAGE_ERROR)
+
+
+class GroupedOption(click.Option):
+    """An option that `GroupedCommand` shows under a title of its own; see `group`."""
+
+    def __init__(self, *args: Any, group: str = 'Options', **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose --help shows its options in groups, in the order in which they are declared."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """click's hook."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                groups.setdefault(getattr(parameter, 'group', 'Options'), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def group(title: str) -> Callable[..., Callable]:
+    """`click.option` for the options of one group of a `GroupedCommand`."""
+    return functools.partial(click.option, cls=GroupedOption, group=title)
 
 
 class Parsed(click.ParamType):

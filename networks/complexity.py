@@ -210,6 +210,18 @@ def saved_bytes(config: NetworkConfig, precision: str = 'fp32') -> int:
     Raises:
         UserError: where the config cannot be built.
     """
+    return kept_for_gradients(config, precision)[0]
+
+
+def kept_for_gradients(config: NetworkConfig, precision: str = 'fp32') -> tuple[int, int]:
+    """Bytes that a training pass keeps for its gradients, each memory once, without allocating them.
+
+    Returns:
+        Of activations, per image, and of what is computed from the weights alone, whatever the batch.
+
+    Raises:
+        UserError: where the config cannot be built.
+    """
     net, inputs = _without_weights(config, precision)
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -223,4 +235,9 @@ def saved_bytes(config: NetworkConfig, precision: str = 'fp32') -> int:
     counter.paused = True  # it only tells what comes from weights
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), counter:
         net(*inputs)
-    return sum(storage.nbytes() for key, storage in saved.items() if key not in counter.weights)
+    given = {t.untyped_storage()._cdata for t in [*net.parameters(), *net.buffers()]}
+    sizes = [0, 0]
+    for key, storage in saved.items():
+        if key not in given:
+            sizes[key in counter.weights] += storage.nbytes()
+    return sizes[0], sizes[1]

@@ -7,13 +7,20 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # read once, when torch is import
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+from diffusion.noise import LogNormal
 from networks.config import NetworkConfig
+from tests.helpers import make_archive
+from training.config import TrainConfig
+from training.dataset import ImageDataset
+from training.learning_rate import LearningRate
+from training.loop import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +57,46 @@ def run_script(tmp_path):
 def tiny_config() -> NetworkConfig:
     """A network that takes milliseconds: 8x8 grayscale, 10 classes."""
     return NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
+
+
+@pytest.fixture(scope='session')
+def archive(tmp_path_factory):
+    """A dataset of 30 images in 10 classes."""
+    return make_archive(tmp_path_factory.mktemp('data') / 'tiny.zip', count=30, classes=10)
+
+
+@pytest.fixture
+def config(archive, tiny_config) -> TrainConfig:
+    """A run of eight steps on it, seconds long."""
+    dataset = ImageDataset(archive)
+    return TrainConfig(
+        preset='edm2plus-digits',
+        data=str(archive),
+        dataset=dataset.name,
+        fingerprint=dataset.fingerprint,
+        network=replace(tiny_config, dropout=0.1),
+        levels=LogNormal(-0.8, 1.6),
+        learning_rate=LearningRate(0.01, 100, 2048),
+        duration=2048,
+        batch=256,
+        snapshot=1024,
+        checkpoint=1024,
+        status=256,
+        preview=2048,
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Train in this process; returns the run folder."""
+
+    def train_in(name: str, config: TrainConfig):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        train(config.check(), ImageDataset(config.data), folder, torch.device('cpu'))
+        return folder
+
+    return train_in
 
 
 @pytest.fixture(autouse=True)

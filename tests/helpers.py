@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import torch
+
+from torch_utils.tensor_files import TensorFile
+from training.state import state_files
 
 
 def make_archive(path: Path, count: int, classes: int, shape: tuple[int, int, int] = (1, 8, 8)) -> Path:
@@ -26,3 +30,9 @@ def make_archive(path: Path, count: int, classes: int, shape: tuple[int, int, in
         if classes:
             archive.writestr('dataset.json', json.dumps({'labels': labels}))
     return path
+
+
+def state_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest training state of a run folder."""
+    with TensorFile(state_files(folder)[-1], 'training state') as file:
+        return dict(file.items())

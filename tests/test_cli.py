@@ -39,6 +39,8 @@ CASES = {
         "unknown preset 'edm2plus-digit'; did you mean edm2plus-digits",
     ),
     'missing flag': ('train.py --preset=edm2plus-digits', "Missing option '--data'"),
+    'interval': (TRAIN + ' --slice=100', 'slice must be a multiple of the batch (64 images), not 100 (try 64 or 128)'),
+    'all held out': (TRAIN + ' --held-out=1', 'the share of held-out images must be'),
     'unknown flag': (TRAIN + ' --learning-rate=1', '--learning-rate'),
     'unwritable folder': (TRAIN.replace('{out}', '{place}/file/out'), 'file/out: Not a directory'),
     'number of images': (TRAIN + ' --duration=8mi', "cannot read '8mi' as a number of images"),
@@ -98,7 +100,7 @@ def test_help(script, run_script):
 def test_dry_run_writes_nothing(place, run_script, tmp_path):
     process = run_script(*TRAIN.format(place=place, out=tmp_path / 'out').split(), '--dry-run', '--batch=256')
     assert process.returncode == 0, process.stderr
-    config = json.loads(process.stdout)
+    config, _ = json.JSONDecoder().raw_decode(process.stdout)
     assert config['batch'] == 256 and config['network']['label_dim'] == 10 and config['network']['img_channels'] == 1
     assert not (tmp_path / 'out').exists()
 

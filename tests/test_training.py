@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,18 +12,20 @@ from diffusion.noise import LogNormal
 from dnnlib.errors import UserError
 from networks.denoiser import Denoiser
 from networks.encoders import decode_pixels, encode_pixels
-from tests.helpers import make_archive
+from networks.files import load_network
+from tests.helpers import state_tensors
 from torch_utils.tensor_files import TensorFile
-from training.config import TrainConfig, differences, from_preset
+from training.config import from_preset, refuse_differences
 from training.dataset import ImageDataset
 from training.learning_rate import LearningRate
-from training.loop import clean_gradients, train
+from training.loop import train
 from training.loss import DenoisingLoss, training_draws
 from training.order import BatchOrder
 from training.phema import std_to_exp
 from training.presets import PRESETS, get_preset
+from training.records import read_stats
 from training.state import TrainState, state_files
-from training.status import read_stats
+from training.step import clean_gradients
 
 CPU = torch.device('cpu')
 
@@ -88,71 +91,43 @@ def test_non_finite_gradients_become_zero_and_are_counted(tiny_config):
         p.grad = torch.zeros_like(p)
     grad = net.unet.out_conv.weight.grad.view(-1)
     grad[:4] = torch.tensor([math.nan, math.inf, -math.inf, 3.0])
-    count, norm = clean_gradients(net)
-    assert count == 3 and norm == 3 and grad[:4].tolist() == [0, 0, 0, 3]
+    counts, norm = clean_gradients(net)
+    by_name = dict(zip([name for name, _ in net.named_parameters()], counts.tolist(), strict=True))
+    assert by_name.pop('unet.out_conv.weight') == 3 and not any(by_name.values())
+    assert norm == 3 and grad[:4].tolist() == [0, 0, 0, 3]
 
 
-@pytest.fixture(scope='module')
-def archive(tmp_path_factory):
-    return make_archive(tmp_path_factory.mktemp('data') / 'tiny.zip', count=30, classes=10)
-
-
-@pytest.fixture
-def config(archive, tiny_config) -> TrainConfig:
-    dataset = ImageDataset(archive)
-    return TrainConfig(
-        preset='edm2plus-digits',
-        data=str(archive),
-        dataset=dataset.name,
-        fingerprint=dataset.fingerprint,
-        network=replace(tiny_config, dropout=0.1),
-        levels=LogNormal(-0.8, 1.6),
-        learning_rate=LearningRate(0.01, 100, 2048),
-        duration=4096,
-        batch=512,
-        snapshot=2048,
-        checkpoint=2048,
-        status=512,
-        preview=4096,
-    )
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    with TensorFile(state_files(folder)[-1], 'training state') as file:
-        return dict(file.items())
-
-
-@pytest.fixture
-def run(tmp_path):
-    """Train in this process; returns the run folder."""
-
-    def train_in(name: str, config: TrainConfig):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        train(config.check(), ImageDataset(config.data), folder, CPU)
-        return folder
-
-    return train_in
-
-
-def test_resumed_run_is_bit_exact(config, run):
+@pytest.mark.parametrize('micro_batch', [None, 64])
+def test_resumed_run_is_bit_exact(config, run, micro_batch):
+    config = replace(config, micro_batch=micro_batch, held_out=0.1)
     whole = run('whole', config)
-    run('halves', replace(config, duration=2048))
+    run('halves', replace(config, slice=1024))
+    assert state_files(run('halves', replace(config, duration=1024)))[-1].name == 'training-state-0000001.safetensors'
     halves = run('halves', config)
-    a, b = weights(whole), weights(halves)
+    a, b = state_tensors(whole), state_tensors(halves)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a['net/unet.out_gain'], torch.zeros(()))
-    losses = [[(r['nimg'], r['loss']) for r in read_stats(folder)] for folder in (whole, halves)]
-    assert losses[0] == losses[1] and [nimg for nimg, _ in losses[0]] == list(range(512, 4097, 512))
+    timed = ('images_per_second', 'memory_gib', 'seconds')
+    a, b = ([{k: v for k, v in r.items() if k not in timed} for r in read_stats(f)] for f in (whole, halves))
+    assert a == b and [record['nimg'] for record in a] == list(range(256, 2049, 256))
+    a, b = ((folder / 'metrics.jsonl').read_text() for folder in (whole, halves))
+    assert a == b and len(a.splitlines()) == 4  # two snapshots, two averages
 
 
 def test_steps_by_hand(config, run):
     """Three steps against Adam, learning rate, loss average and EMA written out (spec/edm2.md section 5)."""
     config = replace(
-        config, duration=1536, checkpoint=1536, snapshot=1536, preview=1536, learning_rate=LearningRate(0.01, 2, 1024)
+        config,
+        batch=512,
+        duration=1536,
+        checkpoint=1536,
+        snapshot=1536,
+        status=512,
+        preview=1536,
+        learning_rate=LearningRate(0.01, 2, 1024),
     )
     config = replace(config, network=replace(config.network, dropout=0.0), ema_stds=(0.05, 0.25))
-    got, records = weights(run('hand', config)), read_stats(run('hand', config))
+    got, records = state_tensors(run('hand', config)), read_stats(run('hand', config))
 
     dataset = ImageDataset(config.data)
     net = Denoiser(config.network, seed=config.seed).train()
@@ -192,13 +167,13 @@ def test_previews_show_the_shortest_average(config, tmp_path):
     seen = []
     train(config, ImageDataset(config.data), tmp_path, CPU, preview=lambda net, nimg: seen.append((net, nimg)))
     net, nimg = seen[-1]
-    assert nimg == 4096 and not net.training
-    average = weights(tmp_path)
+    assert nimg == 2048 and not net.training
+    average = state_tensors(tmp_path)
     assert all(torch.equal(average[f'ema/0.05/{name}'], t) for name, t in net.state_dict().items())
 
 
 def test_snapshots_are_float16(config, run):
-    with TensorFile(run('half', config) / 'network-snapshot-0000004-0.100.safetensors') as file:
+    with TensorFile(run('half', config) / 'network-snapshot-0000002-0.100.safetensors') as file:
         assert file.get('unet.out_conv.weight').dtype == torch.float16
         assert file.get('unet.emb_fourier.freqs').dtype == torch.float32
 
@@ -210,8 +185,8 @@ def test_broken_newest_state_falls_back_to_the_one_before(config, run, capsys):
     newest.write_bytes(newest.read_bytes()[:-1000])
     run('broken', config)
     text = capsys.readouterr().out
-    assert f'warning: {newest} is not a training state' in text and 'at 2048 images' in text
-    a, b = weights(whole), weights(broken)
+    assert f'warning: {newest} is not a training state' in text and 'at 1024 images' in text
+    a, b = state_tensors(whole), state_tensors(broken)
     assert all(torch.equal(a[name], b[name]) for name in a)
     for path in state_files(broken):
         path.write_bytes(b'')
@@ -220,70 +195,83 @@ def test_broken_newest_state_falls_back_to_the_one_before(config, run, capsys):
 
 
 def test_another_config_is_refused_before_the_first_state(config, run):
-    run('early', replace(config, duration=2048))
-    for path in state_files(run('early', replace(config, duration=2048))):
+    for path in state_files(run('early', replace(config, duration=1024))):
         path.unlink()
     with pytest.raises(UserError, match='seed is 1, was 0'):
         run('early', replace(config, seed=1))
 
 
-@pytest.mark.slow
-def test_killed_runs_end_like_whole_ones(archive, run_script, tmp_path):
-    import subprocess
-    import sys
-    import time
-
-    from tests.conftest import ROOT
-
-    arguments = [
-        *('--preset=edm2plus-digits', f'--data={archive}', '--channels=32', '--duration=8Ki', '--batch=64'),
-        *('--status=64', '--snapshot=2Ki', '--checkpoint=1Ki', '--preview=8Ki', '--rampup=640'),
-    ]
-    assert run_script('train.py', *arguments, f'--outdir={tmp_path / "whole"}').returncode == 0
-    folder = tmp_path / 'killed'
-    for seconds in (6, 8, 7):
-        process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *arguments, f'--outdir={folder}'])
-        time.sleep(seconds)
-        process.kill()
-        process.wait()
-    process = run_script('train.py', *arguments, f'--outdir={folder}')
-    assert process.returncode == 0, process.stderr
-    a, b = weights(tmp_path / 'whole'), weights(folder)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    loss = [[(r['nimg'], r['loss']) for r in read_stats(f)] for f in (tmp_path / 'whole', folder)]
-    assert loss[0] == loss[1]
+def test_accumulation_is_exact(config, run):
+    """One step: gradients (a tenth of which is Adam's first moment) are equal to rounding, and so is the update."""
+    config = replace(
+        config, duration=1024, batch=1024, status=1024, preview=1024, network=replace(config.network, dropout=0.0)
+    )
+    whole = state_tensors(run('one', config))
+    parts = state_tensors(run('four', replace(config, micro_batch=256)))
+    assert_same_gradients(whole, parts)
 
 
-def test_accumulation_changes_nothing_but_rounding(config, run):
-    config = replace(config, duration=2048, network=replace(config.network, dropout=0.0))
-    a, b = weights(run('one', config)), weights(run('four', replace(config, micro_batch=128)))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+def assert_same_gradients(a: dict, b: dict) -> None:
+    names = [name for name in a if name.startswith('optimizer/exp_avg/')]
+    largest = max(a[name].abs().max() for name in names)
+    assert largest > 1e-3
+    for name in names:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6 * largest.item(), msg=name)
+
+
+def test_loss_scaling_cancels(config, run):
+    config = replace(config, duration=1024, preview=1024, network=replace(config.network, dropout=0.0))
+    one, scaled = (run(name, replace(config, loss_scaling=s)) for name, s in (('one', 1.0), ('scaled', 64.0)))
+    for a, b in zip(read_stats(one), read_stats(scaled), strict=True):
+        assert b['loss'] == pytest.approx(a['loss'], rel=1e-4)
+        assert b['grad_norm'] == pytest.approx(a['grad_norm'], rel=1e-3)
+    a, b = state_tensors(one), state_tensors(scaled)
+    name = 'optimizer/exp_avg/unet.out_conv.weight'
+    torch.testing.assert_close(b[name] / 64, a[name], rtol=1e-2, atol=1e-4)
 
 
 def test_files_of_a_run(config, run):
     folder = run('files', config)
     names = sorted(path.name for path in folder.iterdir())
-    times = ('0000002', '0000004')
+    times = ('0000001', '0000002')
     expected = [f'network-snapshot-{t}-{std}.safetensors' for t in times for std in ('0.050', '0.100')]
     expected += [f'training-state-{t}.safetensors' for t in times]
     assert set(expected) <= set(names) and not [name for name in names if name.endswith('.tmp')]
     assert json.loads((folder / 'config.json').read_text()) == json.loads(json.dumps(config.to_json()))
     record = read_stats(folder)[-1]
-    assert record['nimg'] == 4096 and record['nonfinite'] == 0 and record['grad_norm'] > 0
+    assert record['nimg'] == 2048 and record['nonfinite'] == 0 and record['grad_norm'] > 0
 
 
 def test_another_config_is_refused(config, run):
-    run('other', replace(config, duration=2048))
+    run('other', replace(config, duration=1024))
     changed = replace(config, seed=1, learning_rate=replace(config.learning_rate, ref=0.02))
     with pytest.raises(UserError) as error:
         run('other', changed)
     assert error.value.problems[1:] == ['learning_rate.ref is 0.02, was 0.01', 'seed is 1, was 0']
 
 
-def test_differences_leave_out_what_may_change(config):
+def test_what_a_continued_run_may_change(config):
     old = json.loads(json.dumps(config.to_json()))
-    assert differences(old, replace(config, duration=8192, workers=2, micro_batch=64).to_json()) == []
+    refuse_differences(Path(), old, replace(config, duration=8192, workers=2, keep=0))
+    with pytest.raises(UserError) as error:
+        refuse_differences(Path(), old, replace(config, micro_batch=64, precision='bf16', seed=3))
+    assert error.value.problems[1:] == [
+        'seed is 3, was 0',
+        'micro_batch is 64, was None',
+        'precision is bf16, was fp32',
+        '--allow-rounding lets the latter change',
+    ]
+    with pytest.raises(UserError, match='--allow-rounding lets these change'):
+        refuse_differences(Path(), old, replace(config, compile=True))
+    refuse_differences(Path(), old, replace(config, micro_batch=64, precision='bf16'), allow_rounding=True)
+
+
+def test_configs_from_before_a_field_are_understood(config):
+    old = json.loads(json.dumps(config.to_json()))
+    del old['loss_scaling']
+    refuse_differences(Path(), old, config)
+    with pytest.raises(UserError, match=r'loss_scaling is 2\.0, was 1\.0'):
+        refuse_differences(Path(), old, replace(config, loss_scaling=2.0))
 
 
 def test_loss_falls(config, run):
@@ -301,7 +289,7 @@ def test_state_round_trip(config, tmp_path):
         p.grad = torch.ones_like(p)
     state.optimizer.step()
     state.nimg = 512 * 5
-    state.save(tmp_path)
+    state.saving(tmp_path)()
     other = TrainState(replace(config, seed=0), CPU)
     other.load(state_files(tmp_path)[0])
     assert other.nimg == state.nimg
@@ -311,12 +299,36 @@ def test_state_round_trip(config, tmp_path):
             assert torch.equal(state.optimizer.state[a][key], other.optimizer.state[b][key])
 
 
-def test_two_newest_states_are_kept(config, run):
-    folder = run('kept', replace(config, checkpoint=1024))
-    assert [path.name for path in state_files(folder)] == [
-        'training-state-0000003.safetensors',
-        'training-state-0000004.safetensors',
-    ]
+@pytest.mark.parametrize(('keep', 'expected'), [(2, [3, 10]), (1, [10]), (0, [1, 2, 3, 10])])
+def test_newest_states_are_kept(config, tmp_path, keep, expected):
+    state = TrainState(replace(config, keep=keep), CPU)
+    for p in state.net.parameters():
+        p.grad = torch.ones_like(p)
+    state.optimizer.step()
+    for nimg in (1024, 2048, 3072, 10240):
+        state.nimg = nimg
+        state.saving(tmp_path)()
+    assert [path.name for path in state_files(tmp_path)] == [f'training-state-{k:07d}.safetensors' for k in expected]
+
+
+def test_a_state_is_copied_before_training_goes_on(config, tmp_path):
+    state = TrainState(config, CPU)
+    for p in state.net.parameters():
+        p.grad = torch.ones_like(p)
+    state.optimizer.step()
+    state.nimg = 1024
+    before = {name: t.clone() for name, t in state.net.state_dict().items()}
+    jobs = [state.saving(tmp_path), state.saving_snapshots(tmp_path)]
+    state.optimizer.step()
+    state.nimg = 2048
+    state.ema.update(state.net.state_dict(), 2048, 1024)
+    for job in jobs:
+        job()
+    assert all(torch.equal(state_tensors(tmp_path)[f'net/{name}'], t) for name, t in before.items())
+    net, info = load_network(tmp_path / 'network-snapshot-0000001-0.100.safetensors')
+    start = Denoiser(config.network, seed=config.seed)  # the averages began with it, and have not moved
+    assert info.nimg == 1024
+    assert torch.equal(net.unet.out_conv.weight, start.unet.out_conv.weight.half().float())
 
 
 def test_all_problems_of_a_config_are_told_at_once(config):
@@ -324,9 +336,18 @@ def test_all_problems_of_a_config_are_told_at_once(config):
         replace(config, duration=1000, ema_stds=(0.3,), precision='fp64', seed=-1).check()
     text = '\n'.join(error.value.problems)
     assert len(error.value.problems) == 4
-    assert 'duration must be a multiple of the batch (512 images), not 1000 (try 1024)' in text
-    with pytest.raises(UserError, match='multiple of the number of ranks'):
+    assert 'duration must be a multiple of the batch (256 images), not 1000 (try 768 or 1024)' in text
+    with pytest.raises(UserError, match=r'multiple of the number of ranks \(3\), not 256 \(try 255 or 258\)'):
         config.check(world_size=3)
+    with pytest.raises(UserError) as error:
+        replace(config, slice=100, keep=-1, held_out=1.0, loss_scaling=0.0, nonfinite_steps=-5).check()
+    assert error.value.problems == [
+        'slice must be a multiple of the batch (256 images), not 100 (try 256)',
+        'keep must be at least 0, not -1',
+        'nonfinite_steps must be at least 0, not -5',
+        'the loss scaling must be positive and finite, not 0.0',
+        'the share of held-out images must be at least 0 and less than 1, not 1.0',
+    ]
     with pytest.raises(UserError, match=r'no multiple of batch-gpu 100 \(try 128 or 64\)'):
         replace(config, micro_batch=100).check()
 
@@ -374,14 +395,28 @@ def test_presets_are_the_table_of_the_paper(name):
         assert (preset.channel_mult, preset.num_blocks, preset.attn_resolutions) == ((1, 2, 3, 4), 3, (16, 8))
 
 
+def train_on_one_and_two_ranks(arguments, run_script, tmp_path):
+    for ranks, name in ((0, 'one'), (2, 'two')):
+        process = run_script('train.py', *arguments, f'--outdir={tmp_path / name}', ranks=ranks)
+        assert process.returncode == 0, process.stderr
+
+
+def test_two_ranks_have_the_gradients_of_one(archive, run_script, tmp_path):
+    """One batch of 1024 = 2 ranks x 2 rounds x 256."""
+    arguments = [
+        *('--preset=edm2plus-digits', f'--data={archive}', '--channels=32', '--duration=1024', '--batch=1024'),
+        *('--status=1024', '--snapshot=1024', '--checkpoint=1024', '--preview=1024', '--batch-gpu=256'),
+    ]
+    train_on_one_and_two_ranks(arguments, run_script, tmp_path)
+    assert_same_gradients(state_tensors(tmp_path / 'one'), state_tensors(tmp_path / 'two'))
+
+
 def test_two_ranks_equal_one(archive, run_script, tmp_path):
     arguments = [
         *('--preset=edm2plus-digits', f'--data={archive}', '--channels=32', '--duration=1280', '--batch=64'),
         *('--status=64', '--snapshot=1280', '--checkpoint=1280', '--preview=1280', '--rampup=640'),
     ]
-    for ranks, name in ((0, 'one'), (2, 'two')):
-        process = run_script('train.py', *arguments, f'--outdir={tmp_path / name}', ranks=ranks)
-        assert process.returncode == 0, process.stderr
+    train_on_one_and_two_ranks(arguments, run_script, tmp_path)
     one, two = read_stats(tmp_path / 'one'), read_stats(tmp_path / 'two')
     assert len(one) == 20
     for a, b in zip(one, two, strict=True):

@@ -1,7 +1,9 @@
 """One process or many: the same calls work with and without torchrun."""
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -31,10 +33,35 @@ def init(device: str | None = None) -> torch.device:
         raise UserError(f'device {chosen} is not there; this machine has {torch.cuda.device_count()} GPUs')
     if chosen.type == 'cuda':
         torch.cuda.set_device(chosen)
+        _full_precision()
     if int(os.environ.get('WORLD_SIZE', '1')) > 1 and not dist.is_initialized():
-        backend = 'nccl' if chosen.type == 'cuda' else 'gloo'
+        # Beside NCCL, gloo lets ranks agree on something without waiting for their GPUs.
+        backend = 'cpu:gloo,cuda:nccl' if chosen.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     return chosen
+
+
+def _full_precision() -> None:
+    """float32 means float32 on a GPU, and sums of 16-bit products are kept in it, as in EDM2's published results."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cudnn.benchmark = True  # shapes repeat
+
+
+@contextlib.contextmanager
+def session(device: str | None = None) -> Iterator[torch.device]:
+    """`init` before the block and `close` after it.
+
+    Where the block raises, the group is left as it is: taking leave would wait for ranks that wait for this one, and
+    they would end, with an error that hides this one's, before it is told. They end when this process does.
+
+    Raises:
+        UserError: where there is no such device.
+    """
+    yield init(device)
+    close()
 
 
 def close() -> None:
@@ -71,6 +98,20 @@ def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any rank; every rank calls it. Does not wait for a GPU."""
+    return bool(all_reduce_max(torch.tensor([int(flag)])).item()) if dist.is_initialized() else flag
+
+
+def gather_text(text: str) -> list[str]:
+    """The texts of all ranks, in their order; every rank calls it."""
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    length = int(all_reduce_max(torch.tensor([len(data)])).item())
+    table = torch.zeros(world_size(), length, dtype=torch.uint8)
+    table[rank(), : len(data)] = data
+    return [bytes(row).rstrip(b'\0').decode() for row in all_reduce_sum(table).tolist()]
 
 
 def print0(*args, **kwargs) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,24 @@ from training.learning_rate import LearningRate
 from training.phema import STD_LIMIT
 from training.presets import Preset, get_preset, network_config
 
-# Fields that a continued run may change: none of them alters what is learned from the next image (but for which
-# features dropout drops: its masks belong to micro-batches). The dataset is told by its fingerprint, not its name.
+# Fields that a continued run may change: none of them alters what is learned from the next image. The dataset is told
+# by its fingerprint, not its name.
 FREE_TO_CHANGE = {
+    'data',
     'dataset',
     'duration',
-    'micro_batch',
+    'slice',
     'snapshot',
     'checkpoint',
+    'keep',
     'status',
     'preview',
+    'nonfinite_steps',
     'workers',
-    'data',
 }
+# Fields that leave the mathematics as they are but not the rounding (nor which features dropout drops: its masks belong
+# to micro-batches); a continued run may change them when told to.
+ROUNDING = {'micro_batch', 'precision', 'compile'}
 KIMG = 1000  # file names of snapshots and states count in thousands of images
 
 
@@ -46,7 +52,13 @@ class TrainConfig:
         micro_batch: Images that one rank processes at once; None for as many as its share of the batch.
         ema_stds: Lengths of the power-function EMAs.
         snapshot, checkpoint, status, preview: Intervals of EMA snapshots, full states, status lines, sample grids.
+        slice: Images after which this process stops, to be continued by another; None for no such limit.
+        keep: Newest full states that stay on disk; 0 for all.
+        loss_scaling: Factor on the loss before its gradient, against underflow in FP16.
+        nonfinite_steps: Steps in a row with gradients that are not finite after which the run stops; 0 for never.
+        held_out: Share of the data that is not trained on but evaluated at every snapshot.
         precision: Of the network's features.
+        compile: Whether to compile the network.
         seed: Of initial weights, data order and noise.
         workers: Processes that load data beside each rank.
         init: Network file, path or URL, whose weights the run began with; None where they were drawn.
@@ -67,7 +79,13 @@ class TrainConfig:
     checkpoint: int = 128 * 2**20
     status: int = 128 * 2**10
     preview: int = 8 * 2**20
+    slice: int | None = None
+    keep: int = 2
+    loss_scaling: float = 1.0
+    nonfinite_steps: int = 100
+    held_out: float = 0.0
     precision: str = 'fp32'
+    compile: bool = False
     seed: int = 0
     workers: int = 0
     init: str | None = None
@@ -75,6 +93,12 @@ class TrainConfig:
     def micro_batch_for(self, world_size: int) -> int:
         """Images that one rank processes at once when there are `world_size` of them."""
         return self.batch // world_size if self.micro_batch is None else self.micro_batch
+
+    @property
+    def elements(self) -> int:
+        """C H W of an image."""
+        height, width = self.network.img_resolution
+        return self.network.img_channels * height * width
 
     def check(self, world_size: int = 1) -> 'TrainConfig':
         """Return self.
@@ -92,13 +116,11 @@ class TrainConfig:
         found = []
         rates = {**dataclasses.asdict(self.learning_rate), **dataclasses.asdict(self.levels)}
         found += [f'{name} must be a finite number, not {v}' for name, v in rates.items() if not math.isfinite(v)]
-        for name in ('duration', 'snapshot', 'checkpoint', 'status', 'preview'):
+        for name in ('duration', 'slice', 'snapshot', 'checkpoint', 'status', 'preview'):
             interval = getattr(self, name)
-            if interval < self.batch or interval % self.batch:
-                near = max(round(interval / self.batch), 1) * self.batch
-                found.append(
-                    f'{name} must be a multiple of the batch ({self.batch} images), not {interval} (try {near})'
-                )
+            if interval is not None and (interval < self.batch or interval % self.batch):
+                near = _nearest_multiples(interval, self.batch)
+                found.append(f'{name} must be a multiple of the batch ({self.batch} images), not {interval} ({near})')
         for name in ('snapshot', 'checkpoint'):
             if getattr(self, name) < KIMG:
                 found.append(f'{name} must be at least {KIMG} images, for its files are named by thousands')
@@ -122,8 +144,13 @@ class TrainConfig:
         last = self.duration % self.snapshot
         if 0 < last < KIMG:
             found.append(f'the last snapshot would come {last} images after the one before; {KIMG} are needed')
-        if self.workers < 0:
-            found.append(f'workers must be at least 0, not {self.workers}')
+        for name in ('workers', 'keep', 'nonfinite_steps'):
+            if getattr(self, name) < 0:
+                found.append(f'{name} must be at least 0, not {getattr(self, name)}')
+        if not 0 < self.loss_scaling < math.inf:
+            found.append(f'the loss scaling must be positive and finite, not {self.loss_scaling}')
+        if not 0 <= self.held_out < 1:
+            found.append(f'the share of held-out images must be at least 0 and less than 1, not {self.held_out}')
         return found
 
     def _batch_problems(self, world_size: int) -> list[str]:
@@ -131,7 +158,8 @@ class TrainConfig:
         if self.batch < 1:
             return []
         if rest:
-            return [f'the batch must be a multiple of the number of ranks ({world_size}), not {self.batch}']
+            near = _nearest_multiples(self.batch, world_size)
+            return [f'the batch must be a multiple of the number of ranks ({world_size}), not {self.batch} ({near})']
         micro = self.micro_batch_for(world_size)
         if micro < 1 or share % micro:
             near = [n for n in range(1, share + 1) if share % n == 0]
@@ -145,26 +173,43 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = '') -> list[str]:
-    """One line for each field in which two configs (as JSON values) differ, those free to change left out."""
+def differences(old: dict[str, Any], new: dict[str, Any], free: Collection[str] = (), prefix: str = '') -> list[str]:
+    """One line for each field in which two configs (as JSON values) differ, those `free` to change left out."""
     lines = []
     for name in dict.fromkeys([*old, *new]):
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f'{prefix}{name}.')
-        elif prefix + name not in FREE_TO_CHANGE and _plain(a) != _plain(b):
+            lines += differences(a, b, free, f'{prefix}{name}.')
+        elif prefix + name not in free and _plain(a) != _plain(b):
             lines.append(f'{prefix}{name} is {b}, was {a}')
     return lines
 
 
-def refuse_differences(folder: Path, old: dict[str, Any], config: TrainConfig) -> None:
+def refuse_differences(folder: Path, old: dict[str, Any], config: TrainConfig, allow_rounding: bool = False) -> None:
     """Make sure that a run folder's config, as JSON values, is that of this run.
+
+    Args:
+        folder: For the message.
+        old: What lies there; fields that it lacks, being older than they are, had their defaults.
+        config: Of this run.
+        allow_rounding: Whether fields that change the rounding alone may differ.
 
     Raises:
         UserError: with a line for each difference.
     """
-    if changed := differences(old, config.to_json()):
-        raise UserError([f'{folder} holds a run with another config', *changed])
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+    old = old | {name: value for name, value in defaults.items() if name not in old}
+    changed = differences(old, config.to_json(), FREE_TO_CHANGE | ROUNDING)
+    rounding = differences(old, config.to_json(), FREE_TO_CHANGE)
+    rounding = [] if allow_rounding else [line for line in rounding if line not in changed]
+    if changed or rounding:
+        hint = ['--allow-rounding lets the latter change' if changed else '--allow-rounding lets these change']
+        raise UserError([f'{folder} holds a run with another config', *changed, *rounding, *(hint if rounding else [])])
+
+
+def _nearest_multiples(number: int, unit: int) -> str:
+    below = number // unit * unit
+    return f'try {below + unit}' if below <= 0 else f'try {below} or {below + unit}'
 
 
 def _plain(value: Any) -> Any:

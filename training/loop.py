@@ -1,36 +1,58 @@
 """The training loop."""
 
 import contextlib
+import dataclasses
 import json
-import warnings
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib.errors import UserError
 from dnnlib.files import write_json
+from dnnlib.signals import StopSignals
 from networks.denoiser import Denoiser
-from networks.encoders import encode_pixels
 from torch_utils import distributed
-from torch_utils.random import stream_seed
 from torch_utils.tensor_files import UnreadableFileError
-from training.config import TrainConfig, refuse_differences
+from training.config import TrainConfig, differences, refuse_differences
 from training.dataset import ImageDataset
+from training.heldout import Part, held_out_loss, split
 from training.initial import start_from
-from training.loss import DenoisingLoss, training_draws
-from training.order import Batch, BatchOrder, make_loader
-from training.state import TrainState, state_files
-from training.status import Progress, StepStats, plot_loss
+from training.inputs import training_inputs
+from training.loss import training_draws
+from training.magnitudes import Magnitudes, magnitudes
+from training.order import BatchOrder, make_loader
+from training.plots import plot_loss
+from training.records import RunLog
+from training.state import TrainState, remove_leftovers, state_files
+from training.status import Progress
+from training.step import Stepper
+from training.timing import PhaseTimer
+from training.writer import BackgroundWriter
 
-Preview = Callable[[Denoiser, int], None]  # (network with EMA weights, nimg); draws a sample grid, say
+# (network with EMA weights, nimg) -> picture, uint8 [H, W, C]; on rank 0.
+Preview = Callable[[Denoiser, int], Any]
+# (network with EMA weights, nimg) -> metrics, by name; on every rank.
+Measure = Callable[[Denoiser, int], dict[str, Any]]
+LOCAL_FIELDS = {'data', 'workers'}  # may differ between ranks
+MAGNITUDES_EVERY = 16  # status intervals between measurements of magnitudes
+MAGNITUDES_IMAGES = 16
 
 
 def train(
-    config: TrainConfig, dataset: ImageDataset, folder: Path, device: torch.device, preview: Preview | None = None
+    config: TrainConfig,
+    dataset: ImageDataset,
+    folder: Path,
+    device: torch.device,
+    preview: Preview | None = None,
+    measure: Measure | None = None,
+    allow_rounding: bool = False,
+    tensorboard: bool = False,
 ) -> None:
-    """Train, or go on training, until `config.duration` images have been seen.
+    """Train, or go on training, until `config.duration` images have been seen, `config.slice` in this process, or
+    until a signal asks to stop; then the state is saved.
 
     Args:
         config: The run, already checked for this number of ranks.
@@ -38,124 +60,182 @@ def train(
         folder: Run folder; states in it are continued from the newest one.
         device: Of this rank.
         preview: Called on rank 0 at intervals with the shortest EMA.
+        measure: Called on every rank with every EMA at snapshots.
+        allow_rounding: Whether a run that is continued may change what alters its rounding.
+        tensorboard: Whether to write for TensorBoard too.
 
     Raises:
-        UserError: where the folder holds another run, or an image cannot be read.
+        UserError: where the folder holds another run, ranks disagree, an image cannot be read, or gradients stay not
+            finite.
+        OSError: where the folder cannot be written, for a full disk, say; states from before are as they were.
     """
+    agree(config)
     state = TrainState(config, device)
-    resume(state, folder)
+    part, held_out = split(dataset, config.held_out, config.seed)
+    resume(state, folder, allow_rounding)
     if state.nimg >= config.duration:
         distributed.print0(f'{folder} is trained: {state.nimg} of {config.duration} images')
         return
     if config.init and not state.nimg:
         start_from(state, config.init)
-    lead = distributed.rank() == 0
-    if lead:
+    if distributed.rank() == 0:
+        remove_leftovers(folder)
         write_json(folder / 'config.json', config.to_json())
-    order = BatchOrder(
-        len(dataset),
-        config.seed,
-        config.batch,
-        config.micro_batch_for(distributed.world_size()),
-        distributed.rank(),
-        distributed.world_size(),
-        state.nimg,
-    )
-    loss = DenoisingLoss(state.net)
-    if distributed.world_size() > 1:
-        with warnings.catch_warnings():  # the argument has another name from torch 2.13 on, which older ones lack
-            warnings.simplefilter('ignore', FutureWarning)
-            loss = DistributedDataParallel(loss, broadcast_buffers=False)  # buffers are constants
+    timer = PhaseTimer(device)
+    order = _order(config, len(part), state.nimg)
+    end = min(config.duration, state.nimg + (config.slice or config.duration))
     with (
-        contextlib.closing(make_loader(dataset, order, config.workers)) as batches,
-        Progress(config, folder, state) as progress,
+        StopSignals() as signals,
+        contextlib.closing(make_loader(part, order, config.workers)) as batches,
+        Progress(state, folder, timer, end, tensorboard) as progress,
+        _logged(progress.log),
+        BackgroundWriter() as writer,
     ):
-        while state.nimg < config.duration:
-            stats = train_step(state, loss, batches, order.rounds)
-            progress.add(stats)
-            done = state.nimg >= config.duration
-            if state.nimg % config.status == 0 or done:
-                progress.report()
-            if lead and (state.nimg % config.snapshot == 0 or done):
-                state.save_snapshots(folder)
-            if lead and (state.nimg % config.preview == 0 or done):
-                plot_loss(folder)
-                if preview:
-                    preview(state.averaged_net(min(config.ema_stds)), state.nimg)
-            if lead and (state.nimg % config.checkpoint == 0 or done):
-                state.save(folder)
+        step = Stepper(state, batches, order.rounds, timer)
+        routine = Routine(state, folder, dataset, held_out, progress, writer, timer, preview, measure)
+        last = False
+        while not last:
+            progress.add(step())
+            stopping = distributed.any_rank(signals.received is not None)
+            last = stopping or state.nimg >= end
+            routine(last)
+        writer.wait()
+        if state.nimg < config.duration:
+            reason = f'by {signals.received or "another rank"}' if stopping else 'as told'
+            progress.say(f'stopped {reason} at {state.nimg} images; the same command continues')
     distributed.barrier()
 
 
-def resume(state: TrainState, folder: Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class Routine:
+    """What is done between steps, each at its interval and at the end of the run; see `train` for the fields."""
+
+    state: TrainState
+    folder: Path
+    dataset: ImageDataset
+    held_out: Part | None
+    progress: Progress
+    writer: BackgroundWriter
+    timer: PhaseTimer
+    preview: Preview | None
+    measure: Measure | None
+
+    def __call__(self, last: bool) -> None:
+        """Do what is due; every rank calls it after every step.
+
+        Args:
+            last: Whether this process stops here; then the state is saved whatever its interval.
+        """
+        self.writer.check()
+        config, lead = self.state.config, distributed.rank() == 0
+        if self._due(config.status) or last:
+            measured = lead and self._due(MAGNITUDES_EVERY * config.status)
+            self.progress.report(_measure_magnitudes(self.state, self.dataset) if measured else None)
+        if lead:
+            with self.timer.phase('saving'):
+                self._save(last)
+        if self._due(config.snapshot) and (self.held_out or self.measure):
+            self._measure_averages()
+        if lead and self._due(config.preview):
+            plot_loss(self.folder)
+            if self.preview:
+                self.progress.add_picture(self.preview(self.state.averaged_net(min(config.ema_stds)), self.state.nimg))
+
+    def _due(self, interval: int) -> bool:
+        return self.state.nimg % interval == 0 or self.state.nimg >= self.state.config.duration
+
+    def _save(self, last: bool) -> None:
+        jobs = [self.state.saving_snapshots(self.folder)] if self._due(self.state.config.snapshot) else []
+        if self._due(self.state.config.checkpoint) or last:
+            jobs.append(self.state.saving(self.folder))
+        if jobs:
+            self.writer.submit(lambda: [job() for job in jobs])
+
+    def _measure_averages(self) -> None:
+        """Held-out loss and metrics of every EMA; every rank calls it."""
+        config = self.state.config
+        for std in config.ema_stds:
+            net = self.state.averaged_net(std)
+            record: dict[str, Any] = {'nimg': self.state.nimg, 'ema_std': std}
+            if self.held_out:
+                batch_size = config.micro_batch_for(distributed.world_size())
+                record['held_out'] = held_out_loss(net, self.held_out, config, batch_size)
+            if self.measure:
+                record['metrics'] = self.measure(net, self.state.nimg)
+            self.progress.add_measurement(record)
+
+
+def agree(config: TrainConfig) -> None:
+    """Make sure that all ranks train the same; every rank calls it.
+
+    Raises:
+        UserError: on every rank, with a line for each difference to rank 0.
+    """
+    configs = [json.loads(text) for text in distributed.gather_text(json.dumps(config.to_json()))]
+    found = [
+        f'rank {rank} disagrees with rank 0: {line}'
+        for rank, other in enumerate(configs)
+        for line in differences(configs[0], other, LOCAL_FIELDS)
+    ]
+    if found:
+        raise UserError(found)
+
+
+def resume(state: TrainState, folder: Path, allow_rounding: bool = False) -> None:
     """Continue from the newest readable state in the folder, if there is one; a broken one is passed over aloud.
 
     Raises:
         UserError: where the folder holds another run (with a line per difference), or no state of several is readable.
     """
     if (folder / 'config.json').exists():
-        refuse_differences(folder, json.loads((folder / 'config.json').read_text(encoding='utf-8')), state.config)
+        old = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        refuse_differences(folder, old, state.config, allow_rounding)
+    log = RunLog(folder if distributed.rank() == 0 else None)
     paths = state_files(folder)
     for path in reversed(paths):
         try:
-            state.load(path)
+            state.load(path, allow_rounding)
         except UnreadableFileError as error:
-            distributed.print0(f'warning: {error}')
+            log.say(f'warning: {error}')
             continue
-        distributed.print0(f'continuing from {path} at {state.nimg} images')
-        return
-    if paths:
+        log.say(f'continuing from {path} at {state.nimg} images')
+        break
+    positions = distributed.gather_text(str(state.nimg))
+    if len(set(positions)) > 1:
+        raise UserError(f'ranks would go on from {", ".join(positions)} images; do all see the same folder {folder}?')
+    if paths and not state.nimg:
         raise UserError(f'no training state in {folder} can be read; remove them to begin anew')
 
 
-def train_step(state: TrainState, loss: torch.nn.Module, batches: Iterator[Batch], rounds: int) -> StepStats:
-    """One optimizer step over `rounds` micro-batches of this rank; nothing here waits for the device."""
-    config = state.config
-    state.net.train()
-    state.optimizer.zero_grad(set_to_none=True)
-    stats = StepStats.zeros(state.net.device)
-    for round_ in range(rounds):
-        last = round_ == rounds - 1
-        sync = contextlib.nullcontext() if last or not hasattr(loss, 'no_sync') else loss.no_sync()
-        with sync:  # gradients travel between ranks once, in the last round
-            losses, errors = micro_batch_losses(state, loss, next(batches))
-            # DistributedDataParallel averages over ranks; the loss is averaged over the total batch.
-            (losses.sum() * (distributed.world_size() / config.batch)).backward()
-        stats.add(losses.detach(), errors.detach())
-    stats.learning_rate = config.learning_rate.at(state.nimg, config.batch)
-    for group in state.optimizer.param_groups:
-        group['lr'] = stats.learning_rate
-    stats.nonfinite, stats.grad_norm = clean_gradients(state.net)
-    state.optimizer.step()
-    state.nimg += config.batch
-    state.ema.update(state.net.state_dict(), state.nimg, config.batch)
-    return stats
+def _order(config: TrainConfig, dataset_size: int, nimg: int) -> BatchOrder:
+    """Which images this rank trains on from `nimg` on."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    return BatchOrder(
+        dataset_size, config.seed, config.batch, config.micro_batch_for(world_size), rank, world_size, nimg
+    )
 
 
-def micro_batch_losses(state: TrainState, loss: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and plain weighted squared errors of the images of one micro-batch, float32 [N] each."""
+@contextlib.contextmanager
+def _logged(log: RunLog):
+    """Keep what ends a run in its log."""
+    try:
+        yield
+    except UserError as error:
+        log.say(f'error: {error}', show=False)
+        raise
+    except Exception:
+        log.say(traceback.format_exc(), show=False)
+        raise
+
+
+def _measure_magnitudes(state: TrainState, dataset: ImageDataset) -> Magnitudes:
+    """Magnitudes on the first images of the dataset with noise of their own, the same each time."""
     config, device = state.config, state.net.device
-    numbers = batch.numbers.tolist()
-    y = encode_pixels(batch.images.to(device, non_blocking=True))
-    labels = None
-    if config.network.label_dim:
-        labels = batch.labels.to(device, non_blocking=True)
-        labels = torch.nn.functional.one_hot(labels, config.network.label_dim).float()
+    numbers = list(range(min(MAGNITUDES_IMAGES, len(dataset))))
+    images, labels = zip(*(dataset[i] for i in numbers), strict=True)
+    y, one_hot = training_inputs(torch.stack(images), torch.tensor(labels), config, device)
     sigma, noise = training_draws(config.seed, numbers, tuple(y.shape[1:]), config.levels, device)
-    if not config.network.dropout:
-        return loss(y, sigma, noise, labels)
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-        torch.manual_seed(stream_seed(config.seed, 'dropout', numbers[0]))  # dropout takes no generator of its own
-        return loss(y, sigma, noise, labels)
-
-
-def clean_gradients(net: Denoiser) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace non-finite gradient elements by 0; return their number and the norm of what remains, on the device."""
-    gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    nonfinite = torch.stack([(~g.isfinite()).sum() for g in gradients]).sum()
-    for g in gradients:
-        torch.nan_to_num(g, nan=0, posinf=0, neginf=0, out=g)
-    return nonfinite, torch.stack(torch._foreach_norm(gradients)).norm()
+    return magnitudes(state.net, y + sigma[:, None, None, None] * noise, sigma, one_hot)
 
 
 def open_dataset(path: str, use_labels: bool) -> tuple[ImageDataset, int]:

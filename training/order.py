@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dnnlib.errors import UserError
+from dnnlib.signals import ignore_stop_signals
 from torch_utils.random import stream
 from training.dataset import ImageDataset
 
@@ -102,6 +103,7 @@ def make_loader(dataset: ImageDataset, order: BatchOrder, workers: int = 0) -> I
         batch_size=None,  # the sampler's items are whole micro-batches
         collate_fn=_as_it_is,
         num_workers=workers,
+        worker_init_fn=_leave_stopping_to_the_parent,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # without one, a loader draws from the global stream as it starts
     )
@@ -127,6 +129,10 @@ class _BatchReader(torch.utils.data.Dataset):
         except (UserError, OSError) as error:
             return error
         return Batch(torch.stack(images), torch.tensor(labels), torch.tensor([number for number, _ in pairs]))
+
+
+def _leave_stopping_to_the_parent(worker: int) -> None:
+    ignore_stop_signals()
 
 
 def _as_it_is(batch: Batch | Exception) -> Batch | Exception:

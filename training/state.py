@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,12 @@ import torch
 
 from dnnlib.errors import UserError
 from networks.denoiser import Denoiser
-from networks.files import NetworkInfo, save_network
+from networks.files import NetworkInfo, is_constant, save_network
 from torch_utils.tensor_files import TensorFile, save_tensors
 from training.config import KIMG, TrainConfig, refuse_differences
 from training.phema import PowerEMA
 
 KIND = 'training state'
-KEPT = 2  # newest states that stay on disk
 
 
 class TrainState:
@@ -39,20 +39,31 @@ class TrainState:
         self.ema = PowerEMA(self.net.state_dict(), config.ema_stds)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, betas=(0.9, 0.99), eps=1e-8, foreach=True)
 
-    def save(self, folder: Path) -> None:
-        """Write everything to `training-state-KIMG.safetensors`, then drop all but the newest states."""
+    def saving(self, folder: Path) -> Callable[[], None]:
+        """Copy everything to the host's memory now.
+
+        Returns:
+            What writes it to `training-state-KIMG.safetensors`, then drops all but the newest states; training may
+            go on meanwhile.
+        """
         tensors = {f'net/{name}': t for name, t in self.net.state_dict().items()}
         for std, average in self.ema.averages.items():
             tensors |= {f'ema/{std}/{name}': t for name, t in average.items()}
         for name, p in self.net.named_parameters():
             tensors |= {f'optimizer/{key}/{name}': t for key, t in self.optimizer.state[p].items()}
+        copies = {name: _host_copy(t) for name, t in tensors.items()}
         header = {'kind': KIND, 'nimg': self.nimg, 'config': self.config.to_json()}
-        save_tensors(folder / f'training-state-{self.nimg // KIMG:07d}.safetensors', tensors, header)
-        for path in state_files(folder)[:-KEPT]:
-            path.unlink()
+        path, keep = folder / f'training-state-{self.nimg // KIMG:07d}.safetensors', self.config.keep
 
-    def load(self, path: Path) -> None:
-        """Restore what `save` wrote.
+        def write() -> None:
+            save_tensors(path, copies, header)
+            for old in state_files(folder)[:-keep] if keep else []:
+                old.unlink()
+
+        return write
+
+    def load(self, path: Path, allow_rounding: bool = False) -> None:
+        """Restore what `saving` wrote; see `refuse_differences` for `allow_rounding`.
 
         Raises:
             UserError: where the file cannot be read, or the run it comes from is another one (a line per difference).
@@ -60,7 +71,7 @@ class TrainState:
         with TensorFile(path, KIND) as file:
             if file.header.get('kind') != KIND:
                 raise UserError(f'{path} is not a {KIND}')
-            refuse_differences(path.parent, file.header['config'], self.config)
+            refuse_differences(path.parent, file.header['config'], self.config, allow_rounding)
             tensors = dict(file.items())
             self.nimg = file.header['nimg']
         self.net.load_state_dict({name: tensors[f'net/{name}'] for name in self.net.state_dict()})
@@ -78,12 +89,24 @@ class TrainState:
         }
         self.optimizer.load_state_dict(saved)
 
-    def save_snapshots(self, folder: Path) -> None:
-        """Write each EMA to `network-snapshot-KIMG-STD.safetensors`, parameters in FP16 as EDM2 publishes them."""
+    def saving_snapshots(self, folder: Path) -> Callable[[], None]:
+        """Copy the EMAs to the host's memory now, parameters in FP16 as EDM2 publishes them.
+
+        Returns:
+            What writes each to `network-snapshot-KIMG-STD.safetensors`.
+        """
+        snapshots = []
         for std, average in self.ema.averages.items():
             info = NetworkInfo(self.config.network, self.nimg, std, self.config.preset, self.config.dataset)
             name = f'network-snapshot-{self.nimg // KIMG:07d}-{std:.3f}.safetensors'
-            save_network(folder / name, average, info, dtype=torch.float16)
+            copies = {n: _host_copy(t if is_constant(n) else t.to(torch.float16)) for n, t in average.items()}
+            snapshots.append((folder / name, copies, info))
+
+        def write() -> None:
+            for path, copies, info in snapshots:
+                save_network(path, copies, info, dtype=torch.float16)
+
+        return write
 
     def averaged_net(self, std: float) -> Denoiser:
         """A network of its own with one EMA's weights, in evaluation mode."""
@@ -91,6 +114,17 @@ class TrainState:
             net = Denoiser(self.config.network, precision=self.config.precision)
         net.load_state_dict({name: t.clone() for name, t in self.ema.averages[std].items()}, assign=True)
         return net.eval().requires_grad_(False)
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to('cpu', copy=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left half-written."""
+    for path in folder.glob('.*.tmp'):
+        if path.name.startswith(('.training-state-', '.network-snapshot-')):
+            path.unlink(missing_ok=True)
 
 
 def state_files(folder: str | os.PathLike) -> list[Path]:

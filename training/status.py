@@ -1,8 +1,7 @@
-"""What a run tells while it goes: progress bar, status lines, stats.jsonl, a picture of the loss."""
+"""What a run tells while it goes: progress bar, status lines, stats.jsonl, TensorBoard."""
 
-import dataclasses
-import importlib.util
-import json
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,60 +9,41 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dnnlib.files import atomic_path
+from dnnlib.errors import UserError
 from torch_utils import distributed
-from training.config import TrainConfig
-
-STATS_FILE = 'stats.jsonl'
-
-
-@dataclasses.dataclass
-class StepStats:
-    """Sums over the images of one rank, kept on the device so that no step waits for them.
-
-    Args:
-        sums: float32 [3]: number of images, loss, plain weighted squared error.
-        learning_rate: Of the step.
-        nonfinite: Gradient elements that were replaced by 0.
-        grad_norm: Norm of the gradient.
-    """
-
-    sums: torch.Tensor
-    learning_rate: float = 0.0
-    nonfinite: torch.Tensor | None = None
-    grad_norm: torch.Tensor | None = None
-
-    @classmethod
-    def zeros(cls, device: torch.device) -> 'StepStats':
-        """No images yet."""
-        return cls(torch.zeros(3, dtype=torch.float32, device=device))
-
-    def add(self, losses: torch.Tensor, errors: torch.Tensor) -> None:
-        """Count a micro-batch: float32 [N] each."""
-        self.sums += torch.stack([self.sums.new_tensor(float(len(losses))), losses.sum(), errors.sum()])
+from training.board import Board
+from training.magnitudes import Magnitudes, mean_and_max
+from training.records import METRICS_FILE, STATS_FILE, RunLog, append_record, cut_records
+from training.state import TrainState
+from training.step_stats import NonfiniteWatch, StepStats, summarize
+from training.timing import PhaseTimer
 
 
 class Progress:
     """The bar, the lines, the files. Every rank adds its steps; rank 0 speaks and writes.
 
     Args:
-        config: Of the run.
-        folder: Where stats.jsonl lies; what it holds beyond the state's nimg is cut off, so that a continued run
-            has every line once.
         state: Its nimg is the position.
+        folder: Of the run. What its records hold beyond the state's nimg is cut off, so that a continued run has every
+            line once.
+        timer: Of the phases of training.
+        end: Number of images at which this process stops.
+        tensorboard: Whether to write for TensorBoard too.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, state: Any):
-        self.config, self.folder, self.state = config, folder, state
+    def __init__(self, state: TrainState, folder: Path, timer: PhaseTimer, end: int, tensorboard: bool = False):
+        self.state, self.config, self.folder, self.timer, self.end = state, state.config, folder, timer, end
         self.steps: list[StepStats] = []
         self.since = time.monotonic()
-        self.elements = (
-            config.network.img_channels * config.network.img_resolution[0] * config.network.img_resolution[1]
-        )
-        self.bar = None
+        names = [name for name, _ in state.net.named_parameters()]
+        self.nonfinite = NonfiniteWatch(names, self.config.nonfinite_steps)
+        self.bar = self.board = None
+        self.log = RunLog(folder if distributed.rank() == 0 else None)
         if distributed.rank() == 0:
-            _truncate(folder / STATS_FILE, state.nimg)
-            self.bar = tqdm(total=config.duration, initial=state.nimg, unit='img', unit_scale=True, disable=None)
+            for name in (STATS_FILE, METRICS_FILE):
+                cut_records(folder / name, state.nimg)
+            self.board = Board(folder, state.nimg) if tensorboard else None
+            self.bar = tqdm(total=end, initial=state.nimg, unit='img', unit_scale=True, disable=None)
 
     def __enter__(self) -> 'Progress':
         return self
@@ -71,6 +51,8 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self.board is not None:
+            self.board.close()
 
     def add(self, stats: StepStats) -> None:
         """Count a step."""
@@ -78,71 +60,91 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.config.batch)
 
-    def report(self) -> None:
-        """Sum up the steps since the last report over all ranks; show and store them."""
-        sums = distributed.all_reduce_sum(torch.stack([s.sums for s in self.steps]).sum(dim=0))
-        count, loss, error = sums.tolist()
+    def report(self, magnitudes: Magnitudes | None = None) -> None:
+        """Sum up the steps since the last report over all ranks; show and store them.
+
+        Raises:
+            UserError: where too many steps in a row had gradients that are not finite.
+        """
+        if not self.steps:
+            return
+        losses = summarize([step.losses.sums for step in self.steps], self.config.levels, self.config.elements)
+        seconds = self.timer.take()  # waits for the device, so that the clock below counts finished steps
         now = time.monotonic()
         record = {
             'nimg': self.state.nimg,
-            'loss': loss / (count * self.elements),
-            'mse': error / (count * self.elements),
+            **{name: losses[name] for name in ('loss', 'mse')},
             'learning_rate': self.steps[-1].learning_rate,
-            'grad_norm': torch.stack([s.grad_norm for s in self.steps]).mean().item(),
-            'nonfinite': int(sum(s.nonfinite for s in self.steps)),
+            'grad_norm': torch.stack([step.grad_norm for step in self.steps]).mean().item(),
+            **self.nonfinite.record(self.steps),
             'images_per_second': len(self.steps) * self.config.batch / (now - self.since),
+            'memory_gib': _peak_memory(self.state.net.device),
+            'seconds': seconds,
+            'by_noise': losses['by_noise'],
+            **({'magnitudes': mean_and_max(magnitudes)} if magnitudes else {}),
         }
         self.steps.clear()
         self.since = now
         if self.bar is not None:
-            self._show(record)
-            with open(self.folder / STATS_FILE, 'a', encoding='utf-8') as file:
-                file.write(json.dumps(record) + '\n')
-
-    def _show(self, record: dict[str, Any]) -> None:
-        rate = record['images_per_second']
-        self.bar.set_postfix(loss=f'{record["loss"]:.4f}', lr=f'{record["learning_rate"]:.4f}', refresh=False)
-        if self.bar.disable:  # not a terminal: lines instead of a bar
-            left = (self.config.duration - record['nimg']) / rate
-            print(
-                f'{record["nimg"]:>9} images  loss {record["loss"]:8.4f}  mse {record["mse"]:7.4f}  '
-                f'lr {record["learning_rate"]:.5f}  {rate:7.1f} img/s  {left:6.0f} s left',
-                flush=True,
+            self._tell(record, magnitudes)
+        if self.nonfinite.exceeded():
+            culprits = ', '.join(record['nonfinite_in'])
+            raise UserError(
+                f'gradients were not finite in {self.nonfinite.limit} steps in a row, last at {record["nimg"]} images, '
+                f'mostly of {culprits}; this state was not saved'
             )
 
+    def _tell(self, record: dict[str, Any], magnitudes: Magnitudes | None) -> None:
+        rate, loss = record['images_per_second'], record['loss']
+        self.bar.set_postfix(
+            loss=f'{loss:.4f}',
+            lr=f'{record["learning_rate"]:.4f}',
+            mem=f'{record["memory_gib"]:.1f}G',
+            refresh=False,
+        )
+        left = (self.end - record['nimg']) / rate
+        self.log.say(
+            f'{record["nimg"]:>9} images  loss {loss:8.4f}  mse {record["mse"]:7.4f}  '
+            f'lr {record["learning_rate"]:.5f}  {rate:7.1f} img/s  {record["memory_gib"]:.2f} GiB  {left:6.0f} s left',
+            show=self.bar.disable,  # not a terminal: lines instead of a bar
+        )
+        if record['nonfinite']:
+            self.say(f'warning: {record["nonfinite"]} gradient elements were not finite: {record["nonfinite_in"]}')
+        append_record(self.folder / STATS_FILE, record)
+        if self.board is not None:
+            self.board.add_record(record)
+            if magnitudes:
+                self.board.add_magnitudes(magnitudes, record['nimg'])
 
-def read_stats(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's stats.jsonl; a last line that was cut short is left out."""
-    path = folder / STATS_FILE
-    records = []
-    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    def say(self, text: str) -> None:
+        """Tell people something beside the bar, on rank 0."""
+        if self.bar is not None and not self.bar.disable:
+            self.bar.clear()
+        self.log.say(text)
+
+    def add_picture(self, pixels: Any) -> None:
+        """Show a sample grid, uint8 [H, W, C], where there is a board."""
+        if self.board is not None:
+            self.board.add_picture(pixels, self.state.nimg)
+
+    def add_measurement(self, record: dict[str, Any]) -> None:
+        """Store what was measured of an EMA, and say it."""
+        if self.bar is None:
+            return
+        append_record(self.folder / METRICS_FILE, record)
+        if self.board is not None:
+            std = record['ema_std']
+            values = {key: value for key, value in record.items() if key != 'ema_std'}
+            self.board.add_record(values, f'EMA {std:g}')
+        shown = [f'held-out mse {record["held_out"]["mse"]:.4f}'] if 'held_out' in record else []
+        shown += [f'{name} {numbers["value"]:.5g}' for name, numbers in record.get('metrics', {}).items()]
+        self.say(f'{record["nimg"]:>9} images  EMA {record["ema_std"]:g}  {"  ".join(shown)}')
 
 
-def _truncate(path: Path, nimg: int) -> None:
-    kept = [record for record in read_stats(path.parent) if record['nimg'] <= nimg]
-    with atomic_path(path) as beside:
-        beside.write_text(''.join(json.dumps(record) + '\n' for record in kept), encoding='utf-8')
-
-
-def plot_loss(folder: Path) -> None:
-    """Draw loss and plain weighted squared error over training time to loss.png, if matplotlib is installed."""
-    if importlib.util.find_spec('matplotlib') is None:
-        return
-    from matplotlib.figure import Figure
-
-    records = read_stats(folder)
-    nimg = [record['nimg'] / 1000 for record in records]
-    figure = Figure(figsize=(8, 3.2), layout='constrained')
-    for axes, key, title in zip(
-        figure.subplots(1, 2), ('loss', 'mse'), ('uncertainty-weighted loss', 'weighted squared error'), strict=True
-    ):
-        axes.plot(nimg, [record[key] for record in records], linewidth=1)
-        axes.set(xlabel='training images (thousands)', title=title)
-        axes.grid(alpha=0.3)
-    with atomic_path(folder / 'loss.png') as beside:
-        figure.savefig(beside, format='png', dpi=120)
+def _peak_memory(device: torch.device) -> float:
+    """Most memory in use so far on any rank, GiB: allocated on the GPU, or resident in the process on a CPU."""
+    if device.type == 'cuda':
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    return distributed.all_reduce_max(torch.tensor([peak / 2**30], dtype=torch.float64)).item()

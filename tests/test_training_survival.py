@@ -1,0 +1,282 @@
+"""Runs that are stopped, killed, starved of disk space, or wrong on one rank only."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dnnlib.errors import UserError
+from dnnlib.signals import StopSignals
+from tests.conftest import ROOT
+from tests.helpers import state_tensors
+from training.records import read_stats
+from training.state import remove_leftovers, state_files
+from training.writer import BackgroundWriter
+
+
+@pytest.fixture
+def arguments(archive) -> list[str]:
+    """A run of 64 steps, seconds long, of the digits preset in small."""
+    return [
+        *('--preset=edm2plus-digits', f'--data={archive}', '--channels=32', '--duration=4Ki', '--batch=64'),
+        *('--status=64', '--snapshot=2Ki', '--checkpoint=1Ki', '--preview=4Ki', '--rampup=640'),
+    ]
+
+
+def start(arguments: list[str], folder: Path, ranks: int = 0) -> subprocess.Popen:
+    """Start train.py; its output can be read line by line."""
+    head = [sys.executable, '-u']
+    if ranks:
+        head += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
+    return subprocess.Popen(
+        [*head, str(ROOT / 'train.py'), *arguments, f'--outdir={folder}'],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''},
+    )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen, pattern: str) -> str:
+    """Read its output until a line matches."""
+    for line in process.stdout:
+        if re.search(pattern, line):
+            return line
+    raise AssertionError(f'ended with {process.wait()} without printing {pattern}')
+
+
+def assert_same_runs(a: Path, b: Path) -> None:
+    """Weights, averages, optimizer and losses are equal to the bit."""
+    tensors = state_tensors(a), state_tensors(b)
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    losses = [[(r['nimg'], r['loss'], r['by_noise']) for r in read_stats(folder)] for folder in (a, b)]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture(scope='module')
+def whole(archive, tmp_path_factory) -> Path:
+    """The run folder of `arguments`, never interrupted."""
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    process = start(arguments.__wrapped__(archive), folder)
+    assert process.communicate()[0] and process.returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
+def test_asked_to_stop(whole, arguments, tmp_path, name):
+    process = start([*arguments, '--workers=1'] if name == 'SIGINT' else arguments, tmp_path)
+    wait_for(process, r'^ +[12]\d\d\d images')
+    process.send_signal(getattr(signal, name))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    (nimg,) = re.findall(rf'stopped by {name} at (\d+) images; the same command continues', output)
+    assert 1024 < int(nimg) < 4096 and 'Traceback' not in output
+    assert f'stopped by {name}' in (tmp_path / 'log.txt').read_text()
+    assert not list(tmp_path.glob('.*'))
+    if name != 'SIGTERM':
+        return
+    process = start(arguments, tmp_path)
+    assert f'at {nimg} images' in wait_for(process, 'continuing from')
+    process.communicate()
+    assert_same_runs(whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_ranks_asked_to_stop(arguments, tmp_path):
+    """One of them gets the signal, both stop at the same step; what they end with is that of two undisturbed ranks."""
+    arguments = [*arguments, '--batch-gpu=16']  # two rounds
+    process = start(arguments, tmp_path / 'whole', ranks=2)
+    assert process.communicate()[0] and process.returncode == 0
+    process = start(arguments, tmp_path / 'halves', ranks=2)
+    wait_for(process, r'^ +[123]\d\d\d images')
+    children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and 'Traceback' not in output, output
+    assert re.search(r'stopped by (SIGUSR1|another rank) at \d+ images', output)
+    process = start(arguments, tmp_path / 'halves', ranks=2)
+    wait_for(process, 'continuing from')
+    process.communicate()
+    assert process.returncode == 0
+    assert_same_runs(tmp_path / 'whole', tmp_path / 'halves')
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(whole, arguments, tmp_path):
+    """Between start and end, and half of the times while a state is being written."""
+    chance = random.Random(0)
+    kills = 0
+    while kills < 20:
+        process = start(arguments, tmp_path)
+        if kills % 2:
+            while process.poll() is None and not list(tmp_path.glob('.training-state-*.tmp')):
+                time.sleep(0.001)
+            time.sleep(chance.random() * 0.03)
+        else:
+            time.sleep(chance.random() * 8)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+        if (tmp_path / 'training-state-0000004.safetensors').exists():  # done too early: begin anew, the kills count
+            for path in state_files(tmp_path):
+                path.unlink()
+    process = start(arguments, tmp_path)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert_same_runs(whole, tmp_path)
+    assert not list(tmp_path.glob('.*.tmp'))
+
+
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
+    for name in ('.training-state-0000001.safetensors.abc.tmp', '.network-snapshot-0000001-0.050.safetensors.x.tmp'):
+        (tmp_path / name).write_text('half')
+    (tmp_path / '.mine.tmp').write_text('not ours')
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['.mine.tmp']
+
+
+def test_no_room_for_a_state(arguments, tmp_path):
+    """A limit on the size of files stands for a full disk: states are larger than it, snapshots smaller."""
+    first = [*arguments, '--duration=1Ki', '--preview=1Ki', '--snapshot=1Ki']
+    assert start(first, tmp_path).communicate()[0]
+    before = {path.name: path.read_bytes() for path in state_files(tmp_path)}
+    limit = len(before['training-state-0000001.safetensors']) // 1024 - 1
+    command = [sys.executable, str(ROOT / 'train.py'), *arguments, f'--outdir={tmp_path}', '--checkpoint=2Ki']
+    process = subprocess.run(
+        ['bash', '-c', f'ulimit -f {limit}; exec "$@"', 'bash', *command],
+        capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''}, timeout=60,
+    )  # fmt: skip
+    assert process.returncode == 2, process.stderr
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(f'train.py: error: {tmp_path}/training-state-0000002.safetensors: ') and 'large' in line
+    assert {path.name: path.read_bytes() for path in state_files(tmp_path)} == before
+    assert not list(tmp_path.glob('.*.tmp'))
+    assert 'Error' in (tmp_path / 'log.txt').read_text()
+
+
+RANK1_IS_WRONG = """
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from diffusion.noise import LogNormal
+from dnnlib import cli
+from networks.config import NetworkConfig
+from torch_utils import distributed
+from training.config import TrainConfig
+from training.dataset import ImageDataset
+from training.learning_rate import LearningRate
+from training.loop import train
+
+
+def measure(net, nimg):
+    if distributed.rank() == 1:
+        raise ZeroDivisionError('the deliberate one')
+    return {}
+
+
+@click.command()
+def main():
+    config = CONFIG
+    with distributed.session('cpu') as device:
+        seed = int(os.environ['RANK']) if 'disagree' in os.environ else 0
+        folder = Path(sys.argv[0]).parent
+        train(replace(config, seed=seed), ImageDataset(config.data), folder, device, measure=measure)
+
+
+cli.run(main)
+"""
+
+
+def run_two(config, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Two ranks of which the second raises at the first snapshot, or has another seed."""
+    (folder / 'wrong.py').write_text(RANK1_IS_WRONG.replace('CONFIG', repr(config)))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    return subprocess.run(
+        [*command, str(folder / 'wrong.py')],
+        capture_output=True, text=True, timeout=60,
+        env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(ROOT), **environment},
+    )  # fmt: skip
+
+
+def test_a_rank_that_raises_ends_the_run_and_is_heard_first(config, tmp_path):
+    process = run_two(replace(config, duration=1024, preview=1024), tmp_path)
+    assert process.returncode != 0
+    tracebacks = re.findall(r'^\[rank (\d)\] Traceback', process.stderr, re.MULTILINE)
+    assert tracebacks[0] == '1', process.stderr
+    assert '[rank 1] ZeroDivisionError: the deliberate one' in process.stderr
+
+
+def test_ranks_that_disagree_do_not_start(config, tmp_path):
+    process = run_two(config, tmp_path, disagree='yes')
+    assert process.returncode != 0 and 'rank 1 disagrees with rank 0: seed is 1, was 0' in process.stderr
+    assert '[rank' not in process.stderr  # no traceback
+    assert not (tmp_path / 'config.json').exists()
+
+
+def test_signals_are_noted_and_the_second_interrupt_is_obeyed():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == 'SIGTERM'
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_writer_raises_what_stopped_it():
+    done = []
+    with pytest.raises(OSError, match='no room'), BackgroundWriter() as writer:
+        writer.submit(lambda: done.append(1))
+        writer.submit(lambda: (_ for _ in ()).throw(OSError('no room')))
+        writer.wait()
+    with pytest.raises(OSError, match='no room'), BackgroundWriter() as writer:
+        writer.submit(lambda: (_ for _ in ()).throw(OSError('no room')))  # raised at the end
+    with pytest.raises(ValueError, match='first'), BackgroundWriter() as writer:
+        writer.submit(lambda: (_ for _ in ()).throw(OSError('no room')))
+        raise ValueError('first')
+    with pytest.raises(OSError, match='no room'), BackgroundWriter() as writer:
+        writer.submit(lambda: (_ for _ in ()).throw(OSError('no room')))
+        while True:
+            time.sleep(0.01)
+            writer.check()
+    assert done == [1]
+
+
+def test_gradients_that_stay_bad_stop_the_run(config, run, tmp_path, monkeypatch):
+    from training import step
+
+    def spoil(net):
+        net.unet.out_conv.weight.grad[0, 0, 0, 0] = float('nan')
+        return clean(net)
+
+    clean = step.clean_gradients
+    monkeypatch.setattr(step, 'clean_gradients', spoil)
+    config = replace(config, nonfinite_steps=3, batch=64, status=128)
+    with pytest.raises(UserError, match=r'3 steps in a row, last at 256 images, mostly of unet\.out_conv\.weight'):
+        run('bad', config)
+    records = read_stats(tmp_path / 'bad')
+    assert [r['nonfinite'] for r in records] == [2, 2]
+    assert records[0]['nonfinite_in'] == {'unet.out_conv.weight': 2}
+    assert 'error: gradients were not finite' in (tmp_path / 'bad/log.txt').read_text()
+
+
+def test_slice_stops_and_saves(config, run, capsys):
+    folder = run('slices', replace(config, slice=512))
+    assert 'stopped as told at 512 images; the same command continues' in capsys.readouterr().out
+    assert json.loads((folder / 'config.json').read_text())['slice'] == 512
+    run('slices', replace(config, slice=512))
+    assert state_files(folder)[-1].name == 'training-state-0000001.safetensors'
+    assert read_stats(folder)[-1]['nimg'] == 1024

@@ -1,0 +1,62 @@
+"""Lines of JSON that a run leaves behind, and its log."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from dnnlib.files import atomic_path
+
+STATS_FILE = 'stats.jsonl'  # a line for each status interval
+METRICS_FILE = 'metrics.jsonl'  # a line for each EMA of each snapshot that was measured
+LOG_FILE = 'log.txt'
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Add a line."""
+    with open(path, 'a', encoding='utf-8') as file:
+        file.write(json.dumps(record) + '\n')
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All lines; none where there is no file. A last line that was cut short is left out."""
+    records = []
+    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def read_stats(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's stats.jsonl."""
+    return read_records(folder / STATS_FILE)
+
+
+def cut_records(path: Path, nimg: int) -> None:
+    """Drop what lies beyond `nimg`, so that a continued run has every line once."""
+    if path.exists():
+        kept = [record for record in read_records(path) if record['nimg'] <= nimg]
+        with atomic_path(path) as beside:
+            beside.write_text(''.join(json.dumps(record) + '\n' for record in kept), encoding='utf-8')
+
+
+class RunLog:
+    """What a run says, on the terminal and, with the time, in log.txt.
+
+    Args:
+        folder: Of the run; None on ranks that have no say.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.path = folder and folder / LOG_FILE
+
+    def say(self, text: str, show: bool = True) -> None:
+        """Write a line to the log, and print it unless told otherwise."""
+        if self.path is None:
+            return
+        if show:
+            print(text, flush=True)
+        with open(self.path, 'a', encoding='utf-8') as file:
+            file.writelines(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {line}\n' for line in text.splitlines())
