@@ -58,7 +58,7 @@ main_group, recipe, execution, output = (
 @execution('--compile/--no-compile', default=None, help='Compile the network.')
 @execution('--workers', type=int, metavar='INT', help='Data loading processes beside each rank.')
 @execution('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
-@execution('--offline', is_flag=True, help='Download nothing; a URL for --init comes from the cache.')
+@execution('--offline', is_flag=True, help='Download nothing; a URL comes from the cache.')
 @execution('--slice', type=cli.NIMG, help='Stop after so many images, to be continued by the same command.')
 @execution('--nonfinite-steps', type=int, metavar='INT', help='Stop when as many steps in a row had bad gradients.')
 @execution('--allow-rounding', is_flag=True, help='Continue although --precision, --compile or --batch-gpu differ.')
@@ -70,7 +70,7 @@ main_group, recipe, execution, output = (
 @output('--tensorboard', is_flag=True, help='Write events for TensorBoard too.')
 @output('-n', '--dry-run', is_flag=True, help='Print the config and what the run will cost, and stop.')
 @output('--ranks', type=click.IntRange(min=1), help='Number of GPUs to plan for with --dry-run.')
-def main(preset, data, outdir, cond, offline, device, dry_run, ranks, allow_rounding, tensorboard, **flags):
+def main(preset, data, outdir, offline, cond, device, dry_run, ranks, allow_rounding, tensorboard, **flags):
     """Train a diffusion model, or continue the run found in --outdir.
 
     Numbers of images may be written as 4096, 200k or 8Mi. What is not given comes from the preset.
@@ -90,7 +90,8 @@ def main(preset, data, outdir, cond, offline, device, dry_run, ranks, allow_roun
         raise UserError(missing)
     if tensorboard:
         require_tensorboard()
-    config, dataset = make_config(preset, data, cond, overrides, int(os.environ.get('WORLD_SIZE', '1')), offline)
+    world_size = int(os.environ.get('WORLD_SIZE', '1'))
+    config, dataset = make_config(preset, data, cond, overrides, world_size, offline)
     with distributed.session(device) as chosen:
         folder = make_folder(outdir)
         train(
@@ -104,9 +105,7 @@ def main(preset, data, outdir, cond, offline, device, dry_run, ranks, allow_roun
         )
 
 
-def make_config(
-    preset: str, data: str | None, cond: bool, overrides: dict, world_size: int, offline: bool = False
-) -> tuple:
+def make_config(preset: str, data: str | None, cond: bool, overrides: dict, world_size: int, offline: bool) -> tuple:
     """The config of a run, checked, and its dataset; without data, for those that the preset is made for, and None.
 
     Raises:
@@ -127,8 +126,7 @@ def make_config(
         image_shape=dataset.image_shape if dataset else image_shape,
         label_dim=label_dim,
         overrides=overrides,
-    )
-    config.check(world_size)
+    ).check(world_size)
     if config.init:
         check_initial(config.init, config.network, offline)
     return config, dataset
