@@ -219,4 +219,5 @@ def _validator_file(part: Path) -> Path:
 
 def _reason(error: Exception) -> str:
     """The heart of what a library says: the end of a chain of causes."""
-    return ' '.join(str(error).split()).rpartition(': ')[2].strip('\'")')[:200] or type(error).__name__
+    reason = ' '.join(str(error).split()).rpartition(': ')[2].strip('\'")')
+    return (reason + ')' * (reason.count('(') - reason.count(')')))[:200] or type(error).__name__

@@ -30,10 +30,11 @@ from torch_utils.pickled_tensors import TENSORS
 from torch_utils.pickles import read_pickle
 from training.config import from_preset
 from training.dataset import ImageDataset
-from training.initial import check_initial
+from training.initial import check_initial, start_from
 from training.loop import train
 from training.presets import PRESETS
 from training.reconstruct import Plan, Wanted, find_snapshots
+from training.state import TrainState
 
 TINY = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16, block='A')
 
@@ -634,7 +635,11 @@ def fine_tuning(tmp_path, init, classes: int = 10, **overrides):
 def test_fine_tuning_begins_with_the_weights_of_the_file(tmp_path, capsys):
     original = tiny_net(seed=5)
     path = files.write_published(tmp_path / 'net.pkl', original, torch.float32)
-    weights, _ = fine_tuning(tmp_path, path)
+    weights, config = fine_tuning(tmp_path, path)
+    state = TrainState(config, torch.device('cpu'))
+    start_from(state, config.init)
+    for average in state.ema.averages.values():
+        assert all(torch.equal(average[name], tensor) for name, tensor in original.state_dict().items())
     assert f'starting from the weights of {path}' in capsys.readouterr().out
     for name, tensor in original.state_dict().items():
         # Training normalizes weights; the snapshot rounds them to FP16.
