@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dnnlib.errors import UserError
 from dnnlib.files import write_json
 from networks.denoiser import Denoiser
-from networks.encoders import encode_pixels
 from torch_utils import distributed
 from torch_utils.random import stream_seed
 from torch_utils.tensor_files import UnreadableFileError
 from training.config import TrainConfig, refuse_differences
 from training.dataset import ImageDataset
+from training.inputs import to_training_images
 from training.loss import DenoisingLoss, training_draws
 from training.order import Batch, BatchOrder, make_loader
 from training.state import TrainState, state_files
@@ -133,7 +133,7 @@ def micro_batch_losses(state: TrainState, loss: torch.nn.Module, batch: Batch) -
     """Losses and plain weighted squared errors of the images of one micro-batch, float32 [N] each."""
     config, device = state.config, state.net.device
     numbers = batch.numbers.tolist()
-    y = encode_pixels(batch.images.to(device, non_blocking=True))
+    y = to_training_images(batch.images.to(device, non_blocking=True), numbers, config.seed)
     labels = None
     if config.network.label_dim:
         labels = batch.labels.to(device, non_blocking=True)
