@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from dnnlib.errors import UserError
-from training.archive import Archive, write_dataset
+from training.archive import Archive
 from training.dataset import ImageDataset
+from training.dataset_writer import write_dataset
 from training.order import BatchOrder, epoch_order, make_loader
 
 COUNT, HEIGHT, WIDTH = 23, 5, 7
@@ -308,7 +309,7 @@ def test_links(tmp_path):
     write_files(tmp_path / 'elsewhere', {'b.png': PICTURE})
     path = write_files(tmp_path / 'data', {'a.png': PICTURE})
     (path / 'linked').symlink_to(tmp_path / 'elsewhere')
-    assert list(Archive(path).sizes) == ['a.png', 'linked/b.png']
+    assert list(Archive(path).files.names) == ['a.png', 'linked/b.png']
     (tmp_path / 'elsewhere' / 'back').symlink_to(path)
     with pytest.raises(UserError, match=f'{path}/linked/back is a link to a folder that it is in'):
         Archive(path)
