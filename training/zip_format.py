@@ -77,10 +77,14 @@ def read_directory(path: str | os.PathLike) -> ZipEntries:
 
 def _find_directory(data: mmap.mmap) -> tuple[int, int, int]:
     """Where the directory begins, how many entries it has, and by how much all offsets are to be moved."""
-    end = data.rfind(b'PK\5\6', max(0, len(data) - END.size - LARGE16))
-    if end < 0 or end + END.size > len(data):
-        raise DamagedZipError('it has no directory')
-    *_, count, size, offset, _ = END.unpack_from(data, end)
+    end = len(data) - END.size + 1
+    while True:
+        end = data.rfind(b'PK\5\6', max(0, len(data) - END.size - LARGE16), end + 3)
+        if end < 0:
+            raise DamagedZipError('it has no directory')
+        *_, count, size, offset, comment_length = END.unpack_from(data, end)
+        if end + END.size + comment_length <= len(data):  # else these four bytes are within a comment, or it is cut
+            break
     after = end  # what follows the directory
     if end >= LOCATOR64.size and data[end - LOCATOR64.size :][:4] == b'PK\6\7':
         _, _, end64, _ = LOCATOR64.unpack_from(data, end - LOCATOR64.size)
