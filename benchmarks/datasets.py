@@ -46,10 +46,7 @@ def photographs(count: int, width: int, height: int) -> list[np.ndarray]:
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
-    images = []
-    for i in range(count):
-        photo = load_sample_images().images[i % 2] if i < 2 else images[i % 2]
-        images.append(photo)
+    images = load_sample_images().images
     crops = []
     for i in range(count):
         photo = PIL.Image.fromarray(images[i % 2])
@@ -79,9 +76,8 @@ def convert(folder: str | None) -> None:
         source = open_source(temporary)
         for transform in ('center-crop', 'center-crop-dhariwal'):
             recipe = Recipe((64, 64), transform)
-            print(
-                f'{transform}: {rate(lambda r=recipe: len([make_file(source, i, r) for i in range(64)])):.0f} images/s'
-            )
+            speed = rate(lambda r=recipe: len([make_file(source, i, r) for i in range(64)]))
+            print(f'{transform}: {speed:.0f} images/s')
         print(f'reading and decoding alone: {rate(lambda: len([source.read(i) for i in range(64)])):.0f} images/s')
 
 
@@ -110,20 +106,21 @@ def loader(workers: str, seconds: float, folder: str | None) -> None:
             limit = rate(lambda f=files, d=decode: len([d(data, '') for data in f]))
             print(f'{kind}: {np.mean([len(data) for data in files]):.0f} bytes, decoding alone {limit:.0f} images/s')
             for number in map(int, workers.split(',')):
-                print(f'  {number} workers: {loader_rate(ImageDataset(path), number, seconds):.0f} images/s')
+                speed, limit = loader_rate(ImageDataset(path), number, seconds)
+                print(f'  {number} workers: {speed:.0f} images/s; the main process alone could take {limit:.0f}')
 
 
-def loader_rate(dataset: ImageDataset, workers: int, seconds: float) -> float:
-    """Images per second out of a loader, after it has got going."""
+def loader_rate(dataset: ImageDataset, workers: int, seconds: float) -> tuple[float, float]:
+    """Images per second out of a loader that has got going, and per second of this process's own work."""
     batches = make_loader(dataset, BatchOrder(len(dataset), 0, BATCH, BATCH), workers)
     for _ in range(8 * max(workers, 1)):
         next(batches)
-    count, start = 0, time.perf_counter()
+    count, start, busy = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - start < seconds:
         count += len(next(batches).images)
-    spent = time.perf_counter() - start
+    spent, busy = time.perf_counter() - start, time.process_time() - busy
     batches.close()
-    return count / spent
+    return count / spent, count / busy
 
 
 OPEN = """

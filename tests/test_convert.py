@@ -283,7 +283,8 @@ def test_going_on_gives_the_same(tmp_path, many, monkeypatch, ending):
     assert min(read[16:]) >= 1000, 'images before the checkpoint were made again'  # 16 for the estimate
     whole = many.parent / 'whole.zip'
     assert names_in(dest) == names_in(whole) and 'left out 1 images' in output
-    assert all(Archive(dest).read(i) == Archive(whole).read(i) for i in range(1100))
+    one, other = Archive(dest), Archive(whole)
+    assert all(one.read(i) == other.read(i) for i in range(1100))
     assert ending == '' or dest.read_bytes() == whole.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == [f'x{ending}']
     assert 'there already' in convert(many, dest, '--resume')
