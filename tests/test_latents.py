@@ -130,6 +130,15 @@ def test_going_on_with_another_vae_is_refused(tmp_path, images):
         encode(images, tmp_path / 'x.zip', resume=True)
 
 
+def test_the_fingerprint_tells_vaes_apart(tmp_path, images):
+    """Files of latents have the same names and sizes whatever is in them."""
+    prints = set()
+    for vae in ('colors', 'others'):
+        encode_dataset(images, tmp_path / 'x.zip', StabilityVAEEncoder(ColorVAE()), vae, CPU)
+        prints.add(ImageDataset(tmp_path / 'x.zip').fingerprint)
+    assert len(prints) == 2
+
+
 def test_what_a_vae_does_not_take(tmp_path, images):
     write_dataset(tmp_path / 'gray.zip', np.zeros((2, 16, 16, 1), np.uint8), None)
     write_dataset(tmp_path / 'odd.zip', np.zeros((2, 16, 20, 3), np.uint8), None)
