@@ -132,6 +132,7 @@ def make_config(preset: str, data: str | None, cond: bool, overrides: dict, worl
         fingerprint=dataset.fingerprint if dataset else '',
         image_shape=dataset.image_shape if dataset else image_shape,
         label_dim=label_dim,
+        encoder=dataset.encoder if dataset else 'rgb',
         overrides=overrides,
     ).check(world_size)
     if config.init:

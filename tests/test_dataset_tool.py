@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 import dataset_tool
 from dnnlib import cli
 from training.dataset import ImageDataset
-from training.sources import balanced_order, open_source, read_images
+from training.sources import balanced_order, open_source
 from training.transforms import normalize
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ def refused(capsys, *args):
     with pytest.raises(SystemExit) as caught:
         tool(*args)
     output = capsys.readouterr()
-    assert caught.value.code == 2 and output.out == ''
+    assert caught.value.code == 2 and all(line.startswith('writing ') for line in output.out.splitlines())
     assert output.err.startswith('dataset_tool.py: error: ') and output.err.count('\n') == 1
     return output.err
 
@@ -270,7 +270,7 @@ def bad_photo(kind, path):
         return 'is 8x7 RGB, but {first} is 8x6 RGB; choose a --resolution'
     if kind == 'other mode':
         save(path, mode='L')
-        return 'is 8x6 grayscale, but {first} is 8x6 RGB; make them all grayscale or all RGB'
+        return 'is 8x6 grayscale, but {first} is 8x6 RGB; add --color=rgb or --color=gray'
     PIL.Image.fromarray(np.zeros((6, 8), np.uint16)).save(path)
     return 'has pixels of mode I;16'
 
@@ -365,7 +365,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, dest):
     code += 'dataset_tool.cli.run(dataset_tool.main)'
     command = [sys.executable, '-c', code, 'convert', '--source=digits', f'--dest={tmp_path / dest}']
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (2, '')
+    assert result.returncode == 2 and result.stdout.count('\n') <= 1  # the estimate
     assert result.stderr == f'-c: error: {tmp_path / dest}: File too large\n'
     assert not any(tmp_path.iterdir())
 
@@ -418,13 +418,6 @@ def test_many_classes_are_cut_short(tmp_path, capsys):
     tool('info', f'--source={tmp_path}/photos')
     output = capsys.readouterr().out
     assert 'class 19 (19): 1 images\n... 25 classes in all, with 1 to 1 images each\n' in output
-
-
-def test_images_are_read_one_by_one(photos):
-    (photos / 'cat' / '05.png').write_bytes(b'')
-    source = open_source(str(photos))
-    images = read_images(source, range(12))
-    assert all(next(images).shape == (6, 8, 3) for _ in range(11))
 
 
 def test_the_script_itself(tmp_path):

@@ -43,6 +43,7 @@ class TrainConfig:
     Args:
         preset: Name of the recipe it was made from.
         data: Path of the dataset archive.
+        encoder: What turns the network's output into images, as the dataset says; see `networks.encoders`.
         dataset: Name of the dataset.
         fingerprint: Of the dataset's content.
         network: What is trained.
@@ -77,6 +78,7 @@ class TrainConfig:
     learning_rate: LearningRate
     duration: int
     batch: int
+    encoder: str = 'rgb'
     micro_batch: int | None = None
     ema_stds: tuple[float, ...] = (0.050, 0.100)
     ema_halflife: int | None = None
@@ -237,6 +239,7 @@ def from_preset(
     image_shape: tuple[int, int, int],
     label_dim: int,
     overrides: dict[str, Any],
+    encoder: str = 'rgb',
 ) -> TrainConfig:
     """Make the config of a run.
 
@@ -245,6 +248,7 @@ def from_preset(
         data, dataset, fingerprint: Path, name and content hash of the dataset.
         image_shape: (C, H, W) of its images.
         label_dim: Its number of classes, 0 to train without labels.
+        encoder: Of the dataset.
         overrides: Values that replace the preset's or the defaults, by the names of `Preset` and `TrainConfig`.
 
     Raises:
@@ -265,6 +269,7 @@ def from_preset(
         network=network,
         levels=LogNormal(preset.P_mean, preset.P_std),
         learning_rate=LearningRate(preset.lr, preset.decay, preset.rampup),
+        encoder=encoder,
         duration=preset.duration,
         batch=preset.batch,
         snapshot=preset.snapshot,

@@ -1,6 +1,5 @@
-"""Images and class labels of a dataset archive, for training."""
+"""Images, or latents, and class labels of a dataset archive, for training."""
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -8,17 +7,18 @@ import numpy as np
 import torch
 
 from dnnlib.errors import UserError
-from training.archive import Archive, read_labels, shape_text
-
-MODE_CHANNELS = {'L': 1, 'RGB': 3}  # Pillow's names of 8-bit grayscale and colour
+from training.archive import LATENT_CHANNELS, Archive, shape_text
+from training.dataset_index import check_exists, open_index
 
 
 class ImageDataset(torch.utils.data.Dataset):
     """Images of a folder or a zip, with the labels of its `dataset.json` if it has one (see training/archive.py).
 
-    `dataset[i]` is a uint8 tensor [C, H, W] and its class index, -1 without labels. Images are in the order of
-    their names, and are decoded when they are asked for; opening reads the file list, the labels and one image.
-    Safe to use in the workers of a DataLoader.
+    `dataset[i]` is a tensor and its class index, -1 without labels. The tensor is uint8 [C, H, W], or, of latents,
+    float32 [8, H, W]: mean and standard deviation, from which every visit draws (training/inputs.py). Images are in
+    the order of their names, and are decoded when they are asked for; opening reads the file list, the labels and one
+    image, or, of a large dataset opened before, an index that lies beside it (training/dataset_index.py). Safe to use
+    in the workers of a DataLoader.
 
     Args:
         path: Folder or zip.
@@ -27,10 +27,12 @@ class ImageDataset(torch.utils.data.Dataset):
         path: As given.
         name: The last part of the path, without `.zip`.
         names: Names of the image files, sorted.
-        image_shape: (C, H, W) of every image; C is 1 or 3.
+        image_shape: (C, H, W) of every image as a network sees it; C is 1 or 3, or 4 of latents.
+        encoder: Name of the encoder (networks/encoders.py) between the images and what a network sees.
         labels: Class indices, int64 [N], or None.
         num_classes: Highest class index + 1; 0 without labels.
-        fingerprint: 16 hexadecimal digits that change with names, file sizes or labels.
+        made_with: What `dataset_tool.py` noted of how it was made; {} where there is no such note.
+        fingerprint: 16 hexadecimal digits that change with names, file sizes or labels; see `DatasetIndex`.
 
     Raises:
         UserError: where the archive, its `dataset.json` or its first image cannot be used; on reading an image, where
@@ -40,39 +42,35 @@ class ImageDataset(torch.utils.data.Dataset):
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         self.name = Path(self.path).resolve().name.removesuffix('.zip')
-        if not Path(self.path).exists():
-            how = f'python dataset_tool.py convert --source=digits --dest={self.path}'
-            raise UserError(f'dataset {self.path} does not exist; make one, for instance with: {how}')
-        self._archive = Archive(self.path)
-        self.names = self._archive.image_names()
-        self.labels = read_labels(self._archive, self.names)
+        check_exists(self.path)
+        index = open_index(self.path)
+        self._archive = Archive(self.path, index.files)
+        self.names = index.files.names
+        self.labels = index.labels
         self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
-        self.fingerprint = self._fingerprint()
-        self.image_shape: tuple[int, int, int] = self._decode(0).shape
+        self.made_with = index.made_with
+        self.fingerprint = index.fingerprint
+        self._shape: tuple[int, int, int] = self._archive.read_pixels(0).shape  # as stored
+        latents = self._shape[0] == LATENT_CHANNELS
+        self.image_shape = (self._shape[0] // 2 if latents else self._shape[0], *self._shape[1:])
+        self.encoder = 'stabilityvae' if latents else 'rgb'
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = self._decode(index)
-        if image.shape != self.image_shape:
-            here, there = (shape_text(h, w, c) for c, h, w in (image.shape, self.image_shape))
-            where = self._archive.where(self.names[index])
-            raise UserError(f'{where} is {here}, but {self.names[0]} is {there}; all images must be alike')
+        image = self.read(index)
         return torch.from_numpy(image), -1 if self.labels is None else int(self.labels[index])
 
-    def _decode(self, index: int) -> np.ndarray:
-        """The image as uint8 [C, H, W] in memory of its own."""
-        image = self._archive.read_image(self.names[index])
-        if image.mode not in MODE_CHANNELS:
-            where = self._archive.where(self.names[index])
-            raise UserError(f'{where} is of mode {image.mode}, not 8-bit L or RGB; see dataset_tool.py convert')
-        pixels = np.asarray(image).reshape(image.height, image.width, MODE_CHANNELS[image.mode])
-        return pixels.transpose(2, 0, 1).copy(order='C')
+    def read(self, index: int) -> np.ndarray:
+        """The image, or the latents, as an array.
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=8)
-        for i, name in enumerate(self.names):
-            label = None if self.labels is None else int(self.labels[i])
-            digest.update(repr((name, self._archive.sizes[name], label)).encode(errors='surrogateescape'))
-        return digest.hexdigest()
+        Raises:
+            UserError: naming it, where it is damaged or of another shape than the first.
+        """
+        image = self._archive.read_pixels(index)
+        if image.shape != self._shape:
+            here, there = (shape_text(h, w, c) for c, h, w in (image.shape, self._shape))
+            where = self._archive.where(self.names[index])
+            raise UserError(f'{where} is {here}, but {self.names[0]} is {there}; all images must be alike')
+        return image

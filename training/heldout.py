@@ -64,13 +64,14 @@ def held_out_loss(net: Denoiser, part: Part, config: TrainConfig, batch_size: in
     device, count, shape = net.device, len(part), part.dataset.image_shape
     quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     sigmas = config.levels.from_normal(math.sqrt(2) * torch.erfinv(2 * quantiles - 1)).float()
+    seed = stream_seed(config.seed, 'held out')
     loss, sums = DenoisingLoss(net), LossSums(torch.tensor(noise_edges(config.levels), device=device))
     mine = range(distributed.rank(), count, distributed.world_size())
     for start in range(0, len(mine), batch_size):
         chosen = list(mine[start : start + batch_size])
         images, labels = zip(*(part[i] for i in chosen), strict=True)
-        y, one_hot = training_inputs(torch.stack(images), torch.tensor(labels), config, device)
+        y, one_hot = training_inputs(torch.stack(images), torch.tensor(labels), chosen, config, device, seed)
         sigma = sigmas[chosen].to(device)
-        _, noise = training_draws(stream_seed(config.seed, 'held out'), chosen, tuple(shape), config.levels, device)
+        _, noise = training_draws(seed, chosen, tuple(shape), config.levels, device)
         sums.add(sigma, *loss(y, sigma, noise, one_hot))
     return summarize(reduced([sums.sums])[0], config.levels, config.elements)

@@ -89,7 +89,7 @@ def train(
         order = _order(config, len(part), state.nimg)
         end = min(config.duration, state.nimg + (config.slice or config.duration))
         with (
-            contextlib.closing(make_loader(part, order, config.workers)) as batches,
+            contextlib.closing(make_loader(part, order, config.workers, device.type == 'cuda')) as batches,
             Progress(state, folder, timer, end, tensorboard) as progress,
             _logged(folder),
             BackgroundWriter() as writer,
@@ -239,7 +239,7 @@ def _measure_magnitudes(state: TrainState, dataset: ImageDataset) -> Magnitudes:
     config, device = state.config, state.net.device
     numbers = list(range(min(MAGNITUDES_IMAGES, len(dataset))))
     images, labels = zip(*(dataset[i] for i in numbers), strict=True)
-    y, one_hot = training_inputs(torch.stack(images), torch.tensor(labels), config, device)
+    y, one_hot = training_inputs(torch.stack(images), torch.tensor(labels), numbers, config, device)
     sigma, noise = training_draws(config.seed, numbers, tuple(y.shape[1:]), config.levels, device)
     return magnitudes(state.net, y + sigma[:, None, None, None] * noise, sigma, one_hot)
 

@@ -88,8 +88,12 @@ class Batch:
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.numbers.pin_memory())
 
 
-def make_loader(dataset: ImageDataset, order: BatchOrder, workers: int = 0) -> Iterator[Batch]:
+def make_loader(
+    dataset: ImageDataset, order: BatchOrder, workers: int = 0, pin_memory: bool = False
+) -> Iterator[Batch]:
     """Read the micro-batches of `order` in turn, in `workers` processes beside this one or in this one if 0.
+
+    With `pin_memory` batches lie in page-locked memory, for copies to a GPU that nothing waits for.
 
     The global random state stays as it is. The workers live as long as the iterator; closing it ends them.
 
@@ -104,7 +108,7 @@ def make_loader(dataset: ImageDataset, order: BatchOrder, workers: int = 0) -> I
         collate_fn=_as_it_is,
         num_workers=workers,
         worker_init_fn=_leave_stopping_to_the_parent,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # without one, a loader draws from the global stream as it starts
     )
     for batch in loader:

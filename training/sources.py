@@ -1,8 +1,8 @@
-"""Where the images of a dataset come from: embedded sets by name, or the user's folder or zip."""
+"""Where the images of a dataset come from: embedded sets by name, or the user's files."""
 
 import collections
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,58 +10,92 @@ import numpy as np
 import PIL.Image
 
 from dnnlib.errors import UserError, unknown_choice
-from training.archive import LABEL_FILE, Archive, read_labels, shape_text
-from training.transforms import TRANSFORMS, normalize, to_uint8
+from training.archive import LABEL_FILE, NPY, Archive, decode_npy, read_label_file
+from training.packed_sources import is_idx, load_image, open_cifar10, open_idx, open_tables, source_formats, table_files
+from training.source import InMemory, Source
 
-
-@dataclass(frozen=True)
-class Source:
-    """Images that can be read one by one.
-
-    Attributes:
-        names: What messages call each image.
-        labels: Class indices, int64 [N], or None.
-        class_names: Name of each class, where the source has such names.
-        read: Gives an image by its index, in any mode that `transforms.normalize` takes.
-        bytes_on_disk: Size of the files, 0 for an embedded source.
-    """
-
-    names: list[str]
-    labels: np.ndarray | None
-    class_names: list[str] | None
-    read: Callable[[int], PIL.Image.Image]
-    bytes_on_disk: int
+IMAGENET = 'ILSVRC/Data/CLS-LOC/train'
+PHOTO_CROP, PHOTO_STRIDE = 64, 16
 
 
 def open_source(source: str) -> Source:
-    """Open an embedded source by its name in SOURCES, or a folder or zip by its path.
+    """Open an embedded source by its name in SOURCES, or the first kind of files in it that the path is of.
 
     Raises:
         UserError: where there is no such source, or it cannot be used.
     """
-    if source in SOURCES:
-        return SOURCES[source]()
-    if not Path(source).exists():
-        problem = unknown_choice('source', source, SOURCES)
-        raise UserError(f'--source={source} is neither a file nor a folder, and no embedded set: {problem}')
-    return _archive(source)
+    exists = Path(source).exists()
+    for kind in SOURCES.values():
+        if kind.embedded == source or (exists and kind.takes(source)):
+            return kind.open(source)
+    problem = unknown_choice('source', source, EMBEDDED)
+    raise UserError(f'--source={source} is neither a file nor a folder, and no embedded set: {problem}')
 
 
-def _archive(path: str) -> Source:
+# --- Folders and zips of images ---
+
+
+@dataclass(frozen=True)
+class ArchiveImages:
+    """Reads images from a folder or zip.
+
+    Attributes:
+        archive: Folder or zip.
+        rows: Which of its files.
+    """
+
+    archive: Archive
+    rows: list[int]
+
+    def where(self, index: int) -> str:
+        """How messages call an image."""
+        return self.archive.where(self.archive.files.names[self.rows[index]])
+
+    def file(self, index: int) -> bytes:
+        """The content of an image's file."""
+        return self.archive.read(self.rows[index])
+
+    def __call__(self, index: int) -> PIL.Image.Image:
+        data, where = self.file(index), self.where(index)
+        if not where.lower().endswith(NPY):
+            return load_image(data, where)
+        pixels = decode_npy(data, where)
+        if pixels.dtype != np.uint8:
+            raise UserError(f'{where} holds latents; only images can be converted')
+        return PIL.Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def _archive(path: str, color: str = 'keep') -> Source:
     """The images of a folder or a zip; `dataset.json` gives the labels where it exists, else class folders do."""
     archive = Archive(path)
-    names = archive.image_names()
-    if LABEL_FILE in archive.sizes:
-        labels, class_names = read_labels(archive, names), None
-    else:
+    images = ArchiveImages(archive, archive.rows_ending({*source_formats(), NPY}))
+    names = [archive.files.names[row] for row in images.rows]
+    labels, made_with = read_label_file(archive, names)
+    class_names = None
+    if archive.files.find(LABEL_FILE) is None:
         labels, class_names = _folder_labels(archive, names)
     return Source(
+        name=Path(path).resolve().name.removesuffix('.zip'),
         names=[archive.where(name) for name in names],
         labels=labels,
         class_names=class_names,
-        read=lambda i: archive.read_image(names[i]),
-        bytes_on_disk=Path(path).stat().st_size if Path(path).is_file() else sum(archive.sizes.values()),
+        read=images,
+        bytes_on_disk=Path(path).stat().st_size if Path(path).is_file() else int(archive.files.sizes.sum()),
+        file=images.file,
+        color=color,
+        made_with=made_with,
     )
+
+
+def _imagenet(path: str) -> Source:
+    """The training images of an ImageNet tree, 1000 folders; the few grayscale ones become RGB as the others are."""
+    folder = Path(path, IMAGENET)
+    source = _archive(str(folder if folder.is_dir() else path), color='rgb')
+    return Source(**{**vars(source), 'name': 'imagenet'})
+
+
+def _is_imagenet(path: str) -> bool:
+    return Path(path, IMAGENET).is_dir() or (Path(path).is_dir() and Path(path).resolve().as_posix().endswith(IMAGENET))
 
 
 def _folder_labels(archive: Archive, names: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
@@ -82,54 +116,80 @@ def _folder_labels(archive: Archive, names: list[str]) -> tuple[np.ndarray | Non
     return np.array([index[folder] for folder in folders], np.int64), class_names
 
 
+# --- Embedded ---
+
+
 def _digits() -> Source:
     """The 1797 handwritten digits that scikit-learn carries, 8x8, values 0-16 scaled to 0-255 as floats."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("--source=digits needs scikit-learn: install this project's extra `demo`") from None
-    data = load_digits()
+    data = _scikit_learn('digits').load_digits()
     pixels = data.images.astype(np.float32) * (255 / 16)
     return Source(
+        name='digits',
         names=[f'digits/{i}' for i in range(len(pixels))],
         labels=data.target.astype(np.int64),
         class_names=None,
-        read=lambda i: PIL.Image.fromarray(pixels[i]),
+        read=InMemory(pixels),
         bytes_on_disk=0,
     )
 
 
-# Embedded sources; a new one is one entry.
-SOURCES: dict[str, Callable[[], Source]] = {'digits': _digits}
+def _photos() -> Source:
+    """Overlapping 64x64 crops of the two photographs that scikit-learn carries, a temple and a flower: 851 of each."""
+    data = _scikit_learn('photos').load_sample_images()
+    crops, names, labels = [], [], []
+    for label, (photo, file) in enumerate(zip(data.images, data.filenames, strict=True)):
+        for top in range(0, photo.shape[0] - PHOTO_CROP + 1, PHOTO_STRIDE):
+            for left in range(0, photo.shape[1] - PHOTO_CROP + 1, PHOTO_STRIDE):
+                crops.append(photo[top : top + PHOTO_CROP, left : left + PHOTO_CROP])
+                names.append(f'photos/{Path(file).stem}/{left},{top}')
+                labels.append(label)
+    return Source(
+        name='photos',
+        names=names,
+        labels=np.array(labels, np.int64),
+        class_names=[Path(file).stem for file in data.filenames],
+        read=InMemory(np.stack(crops)),
+        bytes_on_disk=0,
+    )
 
 
-def read_images(
-    source: Source, indices: Iterable[int], size: tuple[int, int] | None = None, transform: str = 'none'
-) -> Iterator[np.ndarray]:
-    """Read images of a source as uint8 [H, W, C], all of the shape of the first.
+def _scikit_learn(source: str):
+    try:
+        import sklearn.datasets
+    except ImportError:
+        raise UserError(f"--source={source} needs scikit-learn: install this project's extra `demo`") from None
+    return sklearn.datasets
 
-    Args:
-        source: See `open_source`.
-        indices: Which images, in this order.
-        size: (width, height) to bring them to; None keeps theirs, and then `transform` must be `none`.
-        transform: How, a name in TRANSFORMS.
 
-    Raises:
-        UserError: naming the image that is broken, of a mode that cannot be used, or of another shape.
+# --- The table ---
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """An entry of SOURCES.
+
+    Attributes:
+        open: Opens what `takes` takes.
+        takes: Whether a path that exists is of this kind.
+        embedded: The name by which it is asked for where it needs no files.
     """
-    assert size is not None or transform == 'none', f'{transform} needs a size'
-    first = None
-    for i in indices:
-        image = normalize(source.read(i), source.names[i])
-        if size is not None:
-            image = TRANSFORMS[transform](image, size, source.names[i])
-        pixels = to_uint8(image)
-        first = first or (source.names[i], pixels.shape)
-        if pixels.shape != first[1]:
-            mend = 'choose a --resolution' if pixels.shape[:2] != first[1][:2] else 'make them all grayscale or all RGB'
-            here, there = shape_text(*pixels.shape), shape_text(*first[1])
-            raise UserError(f'{source.names[i]} is {here}, but {first[0]} is {there}; {mend}')
-        yield pixels
+
+    open: Callable[[str], Source]
+    takes: Callable[[str], bool] = lambda path: False
+    embedded: str | None = None
+
+
+# The first that takes a path opens it; a new source is one entry.
+SOURCES: dict[str, SourceKind] = {
+    'digits': SourceKind(lambda _: _digits(), embedded='digits'),
+    'photos': SourceKind(lambda _: _photos(), embedded='photos'),
+    'ImageNet tree': SourceKind(_imagenet, _is_imagenet),
+    'cifar-10-python.tar.gz': SourceKind(open_cifar10, lambda path: path.endswith(('.tar.gz', '.tgz', '.tar'))),
+    'MNIST images-idx3-ubyte.gz': SourceKind(open_idx, is_idx),
+    'parquet or Arrow': SourceKind(open_tables, lambda path: bool(table_files(path))),
+    'folder or zip': SourceKind(_archive, lambda path: True),
+}
+EMBEDDED = [kind.embedded for kind in SOURCES.values() if kind.embedded]
 
 
 def balanced_order(source: Source) -> list[int]:

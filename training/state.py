@@ -145,7 +145,7 @@ class TrainState:
             `network-ema-KIMG.safetensors`.
         """
         config, kimg, dtype = self.config, f'{self.nimg // KIMG:07d}', PRECISIONS[self.config.snapshot_precision]
-        info = NetworkInfo(config.network, self.nimg, None, config.preset, config.dataset)
+        info = NetworkInfo(config.network, self.nimg, None, config.preset, config.dataset, config.encoder)
         averages = [
             (f'network-snapshot-{kimg}-{std:.3f}', average, dataclasses.replace(info, ema_std=std))
             for std, average in self.ema.averages.items()

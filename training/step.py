@@ -68,7 +68,7 @@ class Stepper:
         """Noise level, loss and plain weighted squared error of each image of a micro-batch, float32 [N] each."""
         config, device = self.state.config, self.state.net.device
         numbers = batch.numbers.tolist()
-        y, labels = training_inputs(batch.images, batch.labels, config, device)
+        y, labels = training_inputs(batch.images, batch.labels, numbers, config, device)
         sigma, noise = training_draws(config.seed, numbers, tuple(y.shape[1:]), config.levels, device)
         if not config.network.dropout:
             return sigma, *self.loss(y, sigma, noise, labels)

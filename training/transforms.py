@@ -1,6 +1,7 @@
-"""How a source image becomes one of the dataset: upright, 8-bit, of the asked size."""
+"""How a source image becomes one of the dataset: upright, 8-bit, of the asked size and colours."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
@@ -11,28 +12,41 @@ from training.archive import image_errors
 
 AS_THEY_ARE = ('L', 'RGB', 'F')
 GRAYSCALE = ('1', 'L', 'LA')
-CONVERTIBLE = ('1', 'P', 'PA', 'LA', 'RGBA', 'CMYK')
+CONVERTIBLE = ('1', 'P', 'PA', 'LA', 'La', 'RGBA', 'RGBa', 'RGBX', 'CMYK', 'YCbCr')
+COLORS = {'keep': None, 'gray': 'L', 'rgb': 'RGB'}  # what --color makes of images that are L or RGB
+
+Size = tuple[int, int]  # width, height
+
+BICUBIC, BOX = PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX
 
 
-def normalize(image: PIL.Image.Image, where: str) -> PIL.Image.Image:
+def normalize(image: PIL.Image.Image, where: str, color: str = 'keep') -> PIL.Image.Image:
     """Turn an image upright (EXIF) and make it L or RGB; F, floats on the scale 0-255, stays F.
 
     Black and white become L, palettes and CMYK become RGB, transparency is laid over white.
 
+    Args:
+        image: In any mode.
+        where: The file's name for messages.
+        color: A name in COLORS. `keep` leaves grayscale and RGB what they are; `rgb` and `gray` make all images that.
+
     Raises:
-        UserError: naming the file as `where`, for other modes, such as 16 bits a channel, and for damaged EXIF data.
+        UserError: naming the file, for other modes, such as 16 bits a channel, and for damaged EXIF data.
     """
     with image_errors(where):
         image = PIL.ImageOps.exif_transpose(image)
         mode = 'L' if image.mode in GRAYSCALE else 'RGB'
         if image.has_transparency_data and image.mode in (*AS_THEY_ARE, *CONVERTIBLE):
             white = PIL.Image.new('RGBA', image.size, 'white')
-            return PIL.Image.alpha_composite(white, image.convert('RGBA')).convert(mode)
-    if image.mode in AS_THEY_ARE:
+            image = PIL.Image.alpha_composite(white, image.convert('RGBA')).convert(mode)
+        elif image.mode in CONVERTIBLE:
+            image = image.convert(mode)
+    if image.mode not in AS_THEY_ARE:
+        raise UserError(f'{where} has pixels of mode {image.mode}; convert it to 8-bit grayscale or RGB first')
+    wanted = COLORS[color]
+    if wanted is None or image.mode == wanted or (image.mode, wanted) == ('F', 'L'):
         return image
-    if image.mode in CONVERTIBLE:
-        return image.convert(mode)
-    raise UserError(f'{where} has pixels of mode {image.mode}; convert it to 8-bit grayscale or RGB first')
+    return PIL.Image.fromarray(to_uint8(image)[:, :, 0]).convert(wanted) if image.mode == 'F' else image.convert(wanted)
 
 
 def to_uint8(image: PIL.Image.Image) -> np.ndarray:
@@ -43,7 +57,7 @@ def to_uint8(image: PIL.Image.Image) -> np.ndarray:
     return pixels.reshape(image.height, image.width, -1)
 
 
-def resize(image: PIL.Image.Image, size: tuple[int, int], where: str) -> PIL.Image.Image:
+def resize(image: PIL.Image.Image, size: Size, where: str) -> PIL.Image.Image:
     """Resize bicubically to (width, height), with antialiasing where that is smaller.
 
     Raises:
@@ -52,19 +66,59 @@ def resize(image: PIL.Image.Image, size: tuple[int, int], where: str) -> PIL.Ima
     if image.width * size[1] != image.height * size[0]:
         have, want = f'{image.width}x{image.height}', f'{size[0]}x{size[1]}'
         raise UserError(f'{where} is {have}, which {want} would distort; add --transform=center-crop')
-    return image.resize(size, PIL.Image.Resampling.BICUBIC)
+    return image.resize(size, BICUBIC)
 
 
-def center_crop(image: PIL.Image.Image, size: tuple[int, int], where: str) -> PIL.Image.Image:
+def center_crop(image: PIL.Image.Image, size: Size, where: str) -> PIL.Image.Image:
     """Cut out the largest centred part with the aspect ratio of (width, height), then resize bicubically to it."""
     scale = min(image.width / size[0], image.height / size[1])
     width, height = max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height)).resize(size, PIL.Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + width, top + height)).resize(size, BICUBIC)
+
+
+def center_crop_wide(image: PIL.Image.Image, size: Size, where: str) -> PIL.Image.Image:
+    """As `center_crop`, then lay the result on the middle of a black square of its width; size [width, width]."""
+    width, height = size
+    square = PIL.Image.new(image.mode, (width, width), 0)
+    square.paste(center_crop(image, size, where), (0, (width - height) // 2))
+    return square
+
+
+def center_crop_dhariwal(image: PIL.Image.Image, size: Size, where: str) -> PIL.Image.Image:
+    """The preprocessing of ADM (Dhariwal and Nichol 2021), in which ImageNet results are compared.
+
+    Halve by averaging (sides rounded down) while the shorter side is at least twice the target; resize bicubically so
+    that the shorter side is the target; cut out the centre, towards the upper left by half a pixel where it must be.
+    """
+    target = size[0]
+    while min(image.size) >= 2 * target:
+        image = image.resize((image.width // 2, image.height // 2), BOX)
+    scale = target / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), BICUBIC)
+    left, top = (image.width - target) // 2, (image.height - target) // 2
+    return image.crop((left, top, left + target, top + target))
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A way to reach a resolution.
+
+    Attributes:
+        apply: (image, (width, height), name of the file for messages) -> image.
+        fits: Which sizes it can make; all by default.
+        sizes: Those sizes in words.
+    """
+
+    apply: Callable[[PIL.Image.Image, Size, str], PIL.Image.Image]
+    fits: Callable[[int, int], bool] = lambda width, height: True
+    sizes: str = 'any size'
 
 
 # What to do to reach --resolution; a new transform is one entry.
-TRANSFORMS: dict[str, Callable[[PIL.Image.Image, tuple[int, int], str], PIL.Image.Image]] = {
-    'none': resize,
-    'center-crop': center_crop,
+TRANSFORMS: dict[str, Transform] = {
+    'none': Transform(resize),
+    'center-crop': Transform(center_crop),
+    'center-crop-wide': Transform(center_crop_wide, lambda width, height: width > height, 'a width above the height'),
+    'center-crop-dhariwal': Transform(center_crop_dhariwal, lambda width, height: width == height, 'a square'),
 }
