@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import torch
+
+from metrics.inception import InceptionV3
 
 
 def make_archive(path: Path, count: int, classes: int, shape: tuple[int, int, int] = (1, 8, 8)) -> Path:
@@ -25,4 +28,24 @@ def make_archive(path: Path, count: int, classes: int, shape: tuple[int, int, in
             labels.append([name, label])
         if classes:
             archive.writestr('dataset.json', json.dumps({'labels': labels}))
+    return path
+
+
+def random_inception(path: Path, seed: int = 0) -> Path:
+    """Write a state dict in the layout of the public Inception weights, random but of sensible scale (2 / fan-in)."""
+    with torch.device('meta'):
+        net = InceptionV3()
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, tensor in net.state_dict().items():
+        if tensor.ndim > 1:
+            scale = (2 / tensor[0].numel()) ** 0.5
+            weights[name] = torch.randn(tensor.shape, generator=generator) * scale
+        elif name.endswith(('bn.weight', 'running_var')):
+            weights[name] = torch.rand(tensor.shape, generator=generator) + 0.5
+        elif name.endswith('num_batches_tracked'):
+            weights[name] = torch.tensor(0)
+        else:
+            weights[name] = 0.1 * torch.randn(tensor.shape, generator=generator)
+    torch.save(weights, path)
     return path

@@ -15,6 +15,7 @@ import torch
 
 import calculate_metrics
 from dnnlib import cli
+from metrics.detectors import PixelDetector
 from torch_utils.tensor_files import TensorFile, save_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,11 @@ def data(tmp_path_factory) -> Path:
     write_images(folder / 'bare', images[400:410])
     write_images(folder / 'single', images[:1], labels[:1])
     write_images(folder / 'colour', np.zeros((5, 8, 8, 3), np.uint8))
+    (folder / 'empty').mkdir()
+    write_images(folder / 'broken', images[:6])
+    (folder / 'broken/000003.png').write_bytes(b'no picture')
+    write_images(folder / 'mixed', images[:6])
+    PIL.Image.fromarray(np.zeros((8, 9), np.uint8)).save(folder / 'mixed/000002.png')
     with zipfile.ZipFile(folder / 'real.zip', 'w') as archive:
         for path in (folder / 'real').iterdir():
             archive.write(path, path.name)
@@ -75,11 +81,11 @@ def test_all_metrics_of_an_archive(run, tmp_path):
     assert all('N=100, reference N=300' in line for line in (first, second))
     assert err.count('\n') == 1 and '100 images of made and 300 images of real' in err
     written = json.loads(path.read_text())
-    assert set(written) == {'metrics', 'detectors', 'warnings', 'images', 'reference', 'versions'}
+    assert set(written) == {'metrics', 'detectors', 'warnings', 'images', 'reference', 'run'}
     assert f'{written["metrics"]["fd_pixels"]["value"]:.5f}' in second
     assert written['metrics']['class_agreement']['value'] > 0.8
     assert written['images']['count'] == 100 and written['images']['path'] == 'made'
-    assert written['reference']['name'] == 'real' and written['reference']['versions'] == written['versions']
+    assert written['reference']['name'] == 'real' and written['reference']['versions'] == written['run']['versions']
     assert written['reference']['image_shape'] == [1, 8, 8]
     assert len(written['warnings']) == 1
 
@@ -89,7 +95,7 @@ def test_reference_file_and_archive_give_the_same(run, tmp_path):
     code, out, err = run('ref', '--data=real', f'--dest={reference}')
     assert (code, err) == (0, '') and '300 images of real' in out
     header = TensorFile(reference).header
-    assert header['images']['count'] == 300 and header['detectors']['pixels']['counts'] == {'even': 150, 'odd': 150}
+    assert header['images']['count'] == 300 and header['detectors'] == {'pixels': PixelDetector.identity}
     numbers = []
     for ref in (reference, 'real', 'real.zip'):
         assert run('calc', '--images=made', f'--ref={ref}', f'--json={tmp_path / "out.json"}')[0] == 0
@@ -108,7 +114,6 @@ def test_batch_size_does_not_matter(run, tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'problem'),
     [
-        ('calc --images=made', "Missing option '--ref'"),
         ('calc --images=absent --ref=real', 'absent'),
         ('calc --images=made --ref=absent', 'absent'),
         ('calc --images=made --ref=absent.safetensors', 'absent.safetensors'),
@@ -119,12 +124,23 @@ def test_batch_size_does_not_matter(run, tmp_path):
         ('calc --images=made --ref=single', 'single has 1 image'),
         ('calc --images=bare --ref=real --metrics=class_agreement', 'class_agreement needs labels, and bare has none'),
         ('calc --images=made --ref=bare --metrics=class_agreement', 'class_agreement needs labels, and bare has none'),
-        ('calc --images=made --ref=REF --metrics=class_agreement', 'give the data set real instead'),
+        ('calc --images=made --ref=REF --metrics=class_agreement', 'no pixels/labelled, only pixels/halves: make it'),
         ('calc --images=colour --ref=REF', 'colour are 3x8x8'),
         ('calc --images=made --ref=NET', 'is not a metric reference'),
         ('calc --images=made --ref=TEXT', 'is not a metric reference'),
         ('calc --images=made --ref=REF --json=.', 'is a directory'),
         ('calc --images=made --ref=REF --json=TEXT/out.json', 'text.safetensors'),
+        ('calc --images=made --ref=REF --log=TEXT/out.jsonl', 'text.safetensors'),
+        ('calc --images=made', 'fd_pixels needs a reference: --ref=FILE|DATASET'),
+        ('calc --images=made --ref=REF --repeats=3', 'made has 100 images, which 3 repeats do not divide evenly'),
+        ('calc --images=empty --ref=REF', 'empty holds no images'),
+        ('calc --images=mixed --ref=REF', '000002.png is 9x8 grayscale, but 000000.png is 8x8 grayscale'),
+        ('calc --images=broken --ref=REF', '000003.png is damaged'),
+        ('calc --images=TEXT.npz --ref=REF', 'text.safetensors.npz'),
+        ('compare made single', 'single has 1 image'),
+        ('compare made', "Missing argument 'B'"),
+        ('calc --images=made --ref=REF --device=tpu9', "unknown device 'tpu9'"),
+        ('ref --data=real --dest=DIR/new.safetensors --metrics=is', 'is needs no reference'),
         ('ref --data=real --dest=DIR/ref.npz', 'must end in .safetensors'),
         ('ref --data=single --dest=DIR/new.safetensors', 'at least 4 are needed'),
         ('ref --data=absent --dest=DIR/new.safetensors', 'absent'),
@@ -147,11 +163,9 @@ def test_mistakes_get_one_line_and_leave_nothing(run, tmp_path, arguments, probl
 
 
 def test_unreadable_image_in_the_middle_leaves_nothing(run, data, tmp_path):
-    broken = write_images(tmp_path / 'broken', np.zeros((6, 8, 8), np.uint8))
-    (broken / '000003.png').write_bytes(b'no picture')
-    code, out, err = run('ref', f'--data={broken}', f'--dest={tmp_path / "ref.safetensors"}')
+    code, out, err = run('ref', '--data=broken', f'--dest={tmp_path / "ref.safetensors"}')
     assert (code, out, err.count('\n')) == (2, '', 1) and '000003.png' in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['broken']
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_has_an_example(run):
@@ -267,4 +281,6 @@ def test_two_ranks_print_once_what_one_rank_prints(run, data, tmp_path):
     values = [results['metrics']['fd_pixels'].pop('value') for results in written]
     halves = [results['metrics']['fd_pixels'].pop('real_halves') for results in written]
     assert values[0] == pytest.approx(values[1], rel=1e-9) and halves[0] == pytest.approx(halves[1], rel=1e-9)
+    for results in written:
+        assert results.pop('run')['device'] == 'cpu'
     assert written[0] == written[1]
