@@ -290,7 +290,7 @@ def test_missing_weights_name_url_file_and_place(tmp_path, monkeypatch):
         find_weights(None)
     for text in ('https://github.com/', 'weights-inception-2015-12-05-6726825d.pth', '--inception=', 'no network'):
         assert text in str(refusal.value)
-    with pytest.raises(UserError, match='no Inception weights at .*absent.*the file needed is weights-inception'):
+    with pytest.raises(UserError, match=r'no Inception weights at .*absent.*the file needed is weights-inception'):
         find_weights(str(tmp_path / 'absent'))
 
 
