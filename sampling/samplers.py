@@ -119,7 +119,8 @@ def dpmpp_2m(
 ) -> torch.Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): order 2, one evaluation per step, for few steps.
 
-    An exponential integrator in lambda = -ln sigma: with D linear in lambda over the step,
+    An exponential integrator in lambda = -ln sigma: D is taken as constant over the step, with the value that the line
+    through it and the one before has in the middle of the step,
 
         x_next = (sigma_next / sigma) x + (1 - e^-h) D',   h = lambda_next - lambda,   e^-h = sigma_next / sigma,
         D' = (1 + 1 / (2 r)) D - 1 / (2 r) D_previous,     r = h_previous / h
