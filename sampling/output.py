@@ -131,7 +131,7 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
     if 'sha256' in value:
-        return {f'{name}.sha256': value['sha256']}
+        return {name: f'file {value["sha256"]:.16}...'}
     return {key: v for part in value for key, v in _flat(f'{name}.{part}', value[part]).items()}
 
 
@@ -149,7 +149,7 @@ def missing_seeds(folder: Path, seeds: Iterable[int], subdirs: bool) -> list[int
 class ImageWriter:
     """Decodes and writes samples in a thread of its own, while the next ones are sampled.
 
-    An error stops it; `put` and leaving the `with` block raise it.
+    After an error nothing more is written; `put` and leaving the `with` block raise it.
 
     Args:
         folder: Where the images go.
@@ -163,6 +163,7 @@ class ImageWriter:
         self.encoder = encoder
         self._thread = ThreadPoolExecutor(1, 'writing')
         self._pending: list[Future] = []
+        self._failed = False
 
     def put(self, samples: Samples) -> None:
         """Have samples written; waits while PENDING batches are.
@@ -175,14 +176,22 @@ class ImageWriter:
             self._pending.pop(0).result()
 
     def _write(self, samples: Samples) -> None:
-        images = decode(samples.x, self.encoder)
-        for seed, image in zip(samples.seeds, images, strict=True):
-            path = self.folder / image_name(seed, self.subdirs)
-            try:
-                path.parent.mkdir(exist_ok=True)
-                save_png(path, image.permute(1, 2, 0).numpy())
-            except OSError as error:  # a full disk does not say which file
-                raise type(error)(error.errno, error.strerror or str(error), str(path)) from None
+        if self._failed:
+            return
+        try:
+            images = decode(samples.x, self.encoder)
+            for seed, image in zip(samples.seeds, images, strict=True):
+                self._save(self.folder / image_name(seed, self.subdirs), image.permute(1, 2, 0).numpy())
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _save(self, path: Path, pixels: np.ndarray) -> None:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_png(path, pixels)
+        except OSError as error:  # a full disk does not say which file
+            raise type(error)(error.errno, error.strerror or str(error), str(path)) from None
 
     def __enter__(self) -> 'ImageWriter':
         return self

@@ -212,13 +212,13 @@ def trajectory(
     classes: Sequence[int] | None = None,
     encoder: Encoder | None = None,
 ) -> torch.Tensor:
-    """The denoised estimate D(x; sigma) at the beginning of every step, then the image: what sampling sees.
+    """The denoised estimate D(x; sigma) at the beginning of every step; that of the last step is the image.
 
     Args:
         net, seeds, config, guiding_net, classes, encoder: As for `generate`; all seeds are one batch.
 
     Returns:
-        uint8 [steps + 1, N, C, H, W].
+        uint8 [steps, N, C, H, W].
     """
     config = config.check()
     check_fit(net, guiding_net, config, classes)
@@ -227,7 +227,7 @@ def trajectory(
         samples = _sample_batch(
             portions, list(seeds), config, classes, lambda i, sigma, D: frames.append(decode(D, encoder))
         )
-    return torch.stack([*frames, decode(samples.x, encoder)])
+    return torch.stack([*frames[:-1], decode(samples.x, encoder)])
 
 
 def count_evaluations(config: SamplerConfig) -> tuple[int, int]:
