@@ -34,11 +34,14 @@ from metrics.registry import (
     select_metrics,
     summarize,
 )
-from networks.files import load_network
+from networks.encoders import load_encoder
+from networks.files import NetworkInfo, load_network
 from sampling.pipeline import SamplerConfig, check_fit, generate
+from sampling.samplers import SAMPLERS, Churn
 from torch_utils import distributed
 from training.dataset import ImageDataset
 
+VAE_FACTOR = 8  # side of a picture over that of its latents
 GPU_WORKERS = 4  # processes that decode beside a GPU; beside a CPU detector they would only take its cores
 LIST = '\n'.join(f'  {name:<17} {metric.about}' for name, metric in METRICS.items())
 EPILOG = f"""\b
@@ -191,53 +194,78 @@ def compare(chosen: dict[str, Metric], start, first: str, second: str):
 
 @main.command(epilog=EPILOG)
 @click.option('--net', 'net_path', help='Network file.', metavar='FILE', required=True)
-@click.option('--gnet', 'gnet_path', help='Guiding network file.', metavar='FILE')
-@click.option('--guidance', help='Guidance weight; 1 is none.', type=float, default=1.0, show_default=True)
+@click.option(
+    '--gnet', 'gnet_path', help='Guiding network file; "self": the main one without labels.', metavar='FILE|self'
+)
 @ref_option
 @click.option('--seeds', help='An image for each.', type=cli.INTS, default='0-49999', show_default=True)
 @repeats_option('Measure so many times, each with the seeds after the last.')
 @click.option('--class', 'classes', type=cli.INTS, help='Class, or classes to cycle through; by default random.')
-@click.option('--steps', help='Sampling steps.', type=int, default=32, show_default=True)
+@click.option('--sampler', 'name', default='heun', show_default=True, metavar='|'.join(SAMPLERS), help='Solver.')
+@click.option('--steps', type=int, default=32, show_default=True, help='Sampling steps.')
+@click.option('--guidance', type=float, default=1.0, show_default=True, help='Guidance weight; 1 is none.')
+@click.option('--guidance-interval', type=cli.FLOATS, metavar='LO,HI', help='Guide at noise levels in (LO, HI] only.')
 @click.option('--sigma-min', type=float, default=0.002, show_default=True, help='Lowest noise level.')
 @click.option('--sigma-max', type=float, default=80.0, show_default=True, help='Highest noise level.')
 @click.option('--rho', type=float, default=7.0, show_default=True, help='Spacing of the noise levels.')
+@click.option('--S_churn', 'S_churn', type=float, default=0.0, show_default=True, help='Noise added on the way.')
+@click.option('--S_min', 'S_min', type=float, default=0.0, show_default=True, help='Lowest noise level of churn.')
+@click.option('--S_max', 'S_max', type=float, default=float('inf'), show_default=True, help='Highest one.')
+@click.option('--S_noise', 'S_noise', type=float, default=1.0, show_default=True, help='Inflation of added noise.')
+@click.option('--vae', metavar='DIR', help='Folder of the VAE, for latents on machines without a network.')
 @click.option('--precision', help='Of the features.', metavar='fp32|bf16|fp16', default='fp32', show_default=True)
 @measuring('fd_pixels')
-def gen(chosen, start, net_path, gnet_path, ref, seeds, repeats, classes, precision, **sampler):
-    """Generate images and measure them; no image is written.
+def gen(chosen, start, net_path, gnet_path, ref, seeds, repeats, classes, vae, precision, **flags):
+    """Generate images and measure them; no image is written. Images are those of generate.py for the same options.
 
     \b
     python calculate_metrics.py gen --net=net.safetensors --ref=digits.zip --seeds=0-1796
     torchrun --standalone --nproc_per_node=8 calculate_metrics.py gen --net=NET --ref=REF --metrics=fid --repeats=3
     """
-    config = SamplerConfig(**sampler).check()
+    config = sampler_config(flags)
     seeds = list(dict.fromkeys(seeds))
     with start() as setup:
         net, info = load_network(net_path, setup.device, precision)
-        guiding_net, guiding_info = load_network(gnet_path, setup.device, precision) if gnet_path else (None, None)
+        guiding_net, guiding_info = (net, info) if gnet_path == 'self' else (None, None)
+        if guiding_net is None and gnet_path:
+            guiding_net, guiding_info = load_network(gnet_path, setup.device, precision)
         check_fit(net, guiding_net, config, classes)
-        about = ImageSet(
-            Path(net_path).name,
-            len(seeds),
-            (info.config.img_channels, *info.config.img_resolution),
-            info.config.label_dim,
+        encoder = load_encoder(info.encoder, setup.device, vae)
+        make = functools.partial(
+            generate, net, config=config, guiding_net=guiding_net, classes=classes, encoder=encoder
         )
+        about = ImageSet(Path(net_path).name, len(seeds), made_shape(info), info.config.label_dim)
         check_early(chosen, about, ref)
         reference = open_reference(setup, ref, about)
         prepare_output(setup)
         note_memory(setup, reference, about)
         runs = [[seed + k * (max(seeds) - min(seeds) + 1) for seed in seeds] for k in range(repeats)]
-        batches = functools.partial(made, net, guiding_net, config=config, classes=classes, batch_size=setup.batch)
-        gathered = (setup.gather(about, batches(run)) for run in runs)
+        gathered = (setup.gather(about, made(make, run, setup.batch)) for run in runs)
         source = {
             'net': describe_network(net_path, info),
-            'guiding_net': gnet_path and describe_network(gnet_path, guiding_info),
-            'sampler': {'name': 'heun', **config.to_json()},
+            'guiding_net': describe_network(gnet_path, guiding_info) if guiding_info is not None else None,
+            'sampler': config.to_json(),
             'seeds': [format_int_list(run) for run in runs],
             'classes': classes,
+            'vae': vae,
             'precision': precision,
         }
         report(setup, reference, ref, gathered, source)
+
+
+def sampler_config(flags: dict[str, Any]) -> SamplerConfig:
+    """From the sampler's flags."""
+    churn = Churn(**{name: flags.pop(name) for name in ('S_churn', 'S_min', 'S_max', 'S_noise')})
+    interval = flags.pop('guidance_interval')
+    if interval is not None:
+        flags['guidance_interval'] = tuple(interval)
+    return SamplerConfig(**flags, churn=churn).check()
+
+
+def made_shape(info: NetworkInfo) -> tuple[int, int, int]:
+    """(C, H, W) of the pictures that a network makes."""
+    channels, (height, width) = info.config.img_channels, info.config.img_resolution
+    return (channels, height, width) if info.encoder == 'rgb' else (3, VAE_FACTOR * height, VAE_FACTOR * width)
 
 
 @main.command(epilog=EPILOG)
@@ -285,21 +313,22 @@ def split(images: Images, repeats: int) -> list[Images]:
     return [Part(images, k * size, (k + 1) * size) for k in range(repeats)]
 
 
-def made(net, guiding_net, seeds: list[int], config: SamplerConfig, classes, batch_size: int) -> Iterator[Batch]:
+def made(make: Callable, seeds: list[int], batch_size: int) -> Iterator[Batch]:
     """This rank's batches of generated images; see `batch_range` for why they do not depend on the ranks."""
     mine = batch_range(len(seeds), batch_size)
     with tqdm(total=len(seeds), desc='images', unit='img', disable=True if distributed.rank() else None) as bar:
         for k in mine:
             chosen = seeds[k * batch_size : (k + 1) * batch_size]
-            for images in generate(net, chosen, config, guiding_net, classes, batch_size=batch_size):
+            for images in make(seeds=chosen, batch_size=batch_size):
                 indices = torch.arange(k * batch_size, k * batch_size + len(chosen))
                 yield Batch(images.images, images.labels, indices, [f'seed {seed}' for seed in chosen])
             bar.update(min(len(chosen) * distributed.world_size(), bar.total - bar.n))
 
 
-def describe_network(path: str, info) -> dict[str, Any]:
+def describe_network(path: str, info: NetworkInfo) -> dict[str, Any]:
     """A network file, with its SHA-256."""
-    return {'file': path, 'sha256': file_sha256(path), **info.to_header()}
+    sha256 = None if path == 'self' else file_sha256(path)
+    return {'file': path, 'sha256': sha256, **info.to_header()}
 
 
 def is_file_of_statistics(path: str) -> bool:

@@ -1,5 +1,6 @@
 """calculate_metrics.py from its command line, in one process and in two."""
 
+import hashlib
 import json
 import os
 import socket
@@ -14,8 +15,14 @@ import pytest
 import torch
 
 import calculate_metrics
+import metrics.inception
 from dnnlib import cli
 from metrics.detectors import PixelDetector
+from networks.config import NetworkConfig
+from networks.denoiser import Denoiser
+from networks.files import NetworkInfo, load_network, save_network
+from sampling.pipeline import SamplerConfig, generate
+from tests.helpers import random_inception
 from torch_utils.tensor_files import TensorFile, save_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -284,3 +291,196 @@ def test_two_ranks_print_once_what_one_rank_prints(run, data, tmp_path):
     for results in written:
         assert results.pop('run')['device'] == 'cpu'
     assert written[0] == written[1]
+
+
+RANKS = """
+import json, multiprocessing, sys, torch
+from metrics.collectors import ClassScores, FeatureSample, Statistics
+from metrics.gathering import Batch, ImageSet, Need, gather
+from metrics.reading import batch_range
+from metrics.registry import METRICS, evaluate
+from torch_utils import distributed
+
+torch.set_num_threads(1)
+images = torch.randint(0, 256, (2, 13, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+images[1, 5] = images[1, 12]
+
+class Detector:
+    identity, published = 'exponentials', True
+    def num_features(self, shape):
+        return 4
+    def __call__(self, images):
+        return (images.flatten(1).float() / 255).exp() + 1e4
+    def logits(self, features):
+        return features - 1e4
+
+def work(rank, size, folder):
+    if size > 1:
+        torch.distributed.init_process_group('gloo', f'file://{folder}/store{size}', rank=rank, world_size=size)
+    chosen = {name: METRICS[name] for name in ('fid', 'kid', 'is', 'precision_recall')}
+    needs = {metric.need for metric in chosen.values()}
+    def read(which):
+        for k in batch_range(13, 2):
+            i = torch.arange(2 * k, min(2 * k + 2, 13))
+            yield Batch(images[which][i], None, i)
+    sets = [gather(ImageSet('x', 13, (1, 2, 2), 0), read(k), sorted(needs, key=str), 'cpu', {'inception': Detector()})
+            for k in (0, 1)]
+    if rank == 0:
+        found = {**evaluate(chosen, *sets), 'duplicates': sets[1].duplicates}
+        json.dump(found, open(f'{folder}/{size}.json', 'w'))
+    distributed.close()
+
+fork = multiprocessing.get_context('fork')
+for size in (1, 2, 8):
+    processes = [fork.Process(target=work, args=(rank, size, sys.argv[1])) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+"""
+
+
+def test_1_2_and_8_ranks_agree(tmp_path):
+    """13 images in 7 batches: of 8 ranks one has nothing to do."""
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    subprocess.run([sys.executable, '-c', RANKS, str(tmp_path)], env=environment, check=True, timeout=100)
+    one, two, eight = (json.loads((tmp_path / f'{size}.json').read_text()) for size in (1, 2, 8))
+    assert one['duplicates'] == two['duplicates'] == eight['duplicates'] == 1
+    for name, numbers in one['metrics'].items():
+        for figure, value in numbers.items():
+            for other in (two, eight):
+                found = other['metrics'][name][figure]
+                assert found == (value if value is None else pytest.approx(value, rel=1e-9)), (name, figure)
+    assert one['metrics']['fid']['value'] > 1e-3 and one['metrics']['is']['value'] > 1
+
+
+# ---- with a weights file ----
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory) -> Path:
+    return random_inception(tmp_path_factory.mktemp('weights') / 'random.pth')
+
+
+@pytest.fixture
+def inception(weights, monkeypatch):
+    """Random weights stand for the published ones."""
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    monkeypatch.setattr(metrics.inception, 'PUBLISHED', digest[:8])
+    monkeypatch.setenv('EDM2PLUS_INCEPTION', str(weights))
+    return digest
+
+
+ALL = '--metrics=fid,kid,is,precision_recall'
+
+
+def test_all_inception_metrics_in_one_pass(run, data, tmp_path, inception, monkeypatch):
+    passes = []
+    call = metrics.inception.InceptionDetector.__call__
+
+    def counted(self, images):
+        passes.append(len(images))
+        return call(self, images)
+
+    monkeypatch.setattr(metrics.inception.InceptionDetector, '__call__', counted)
+    for name, first in (('A', 'made'), ('B', 'real')):
+        pixels = np.stack([np.asarray(PIL.Image.open(data / first / f'{i:06d}.png')) for i in range(8)])
+        write_images(tmp_path / name, pixels)
+    np.savez(tmp_path / 'B.npz', pixels[..., None])
+    log, ref = tmp_path / 'log.jsonl', tmp_path / 'ref.safetensors'
+    (tmp_path / 'A/generation.json').write_text(json.dumps({'seeds': [0, 1, 2], 'sampler': {'steps': 5}}))
+
+    assert run('ref', f'--data={tmp_path / "B"}', f'--dest={ref}', ALL)[0] == 0
+    assert TensorFile(ref).header['detectors']['inception'].endswith(inception)
+    code, out, err = run('calc', f'--images={tmp_path / "A"}', f'--ref={ref}', ALL, f'--log={log}')
+    assert code == 0 and sum(passes) == 16, err
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == ['fid', 'kid', 'is', 'precision_recall']
+    assert all('N=8' in line for line in lines) and 'reference' not in lines[2] and 'N=8, reference N=8' in lines[0]
+    # the same images as an array
+    assert run('compare', str(tmp_path / 'B.npz'), str(tmp_path / 'A'), ALL, f'--log={log}')[0] == 0
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    values = [{name: numbers['value'] for name, numbers in record['metrics'].items()} for record in records]
+    assert values[0] == values[1] and values[0]['fid'] > 1e-3
+    assert records[0]['images']['generation'] == {'seeds': '0-2', 'sampler': {'steps': 5}}
+    assert records[0]['detectors']['inception'].endswith(inception)
+    assert records[0]['run']['command'].startswith('calculate_metrics.py calc --images=')
+    assert records[0]['reference']['sha256'] == hashlib.sha256(ref.read_bytes()).hexdigest()
+    assert not any('weights' in warning for warning in records[0]['warnings'])
+
+
+def test_reference_of_other_weights_is_refused(run, data, tmp_path, inception, monkeypatch):
+    small = write_images(tmp_path / 'small', np.random.default_rng(0).integers(0, 256, (4, 8, 8), np.uint8))
+    ref, other = tmp_path / 'ref.safetensors', random_inception(tmp_path / 'other.pth', seed=1)
+    assert run('ref', f'--data={small}', f'--dest={ref}', '--metrics=fid')[0] == 0
+    measure = ('calc', f'--images={small}', f'--ref={ref}', '--metrics=fid', f'--inception={other}')
+    code, out, err = run(*measure)
+    assert (code, out, err.count('\n')) == (2, '', 1) and '--any-weights' in err
+    code, out, err = run(*measure, '--any-weights')
+    assert (code, out, err.count('\n')) == (2, '', 1)
+    assert 'was made with another detector' in err and inception in err
+    np.savez(tmp_path / 'ref.npz', mu=np.zeros(2048), sigma=np.eye(2048))
+    code, out, err = run('calc', f'--images={small}', f'--ref={tmp_path / "ref.npz"}', *measure[3:], '--any-weights')
+    assert (code, out, err.count('\n')) == (2, '', 1) and 'made with the published weights of inception' in err
+
+
+# ---- repeats, networks ----
+
+
+def test_repeats_of_stored_images(run, tmp_path):
+    path = tmp_path / 'out.json'
+    code, out, _ = run(
+        'calc', '--images=made', '--ref=real', '--repeats=2', f'--json={path}', f'--log={tmp_path / "l"}'
+    )
+    record = json.loads(path.read_text())
+    values = [numbers['fd_pixels']['value'] for numbers in record['runs']]
+    summary = record['summary']['fd_pixels']['value']
+    assert code == 0 and len(out.splitlines()) == 3 and 'N=50 x 2' in out and values[0] != values[1]
+    assert (summary['min'], summary['max']) == (min(values), max(values))
+    assert summary['mean'] == pytest.approx(sum(values) / 2) and 'metrics' not in record
+
+
+@pytest.fixture(scope='module')
+def network(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp('net') / 'net.safetensors'
+    config = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Denoiser(config)
+    save_network(path, net.state_dict(), NetworkInfo(config, 0, None, 'none'))
+    return path
+
+
+def test_generated_images_are_those_of_generate(run, network, tmp_path):
+    """Two repeats, against generate.py's images of the same seeds."""
+    how = [f'--net={network}', '--steps=2', '--sampler=euler', '--class=0-9', '--device=cpu']
+    path = tmp_path / 'out.json'
+    seeds = ['--seeds=0-19', '--repeats=2', '--batch=8']
+    code, out, err = run('gen', *how, *seeds, '--ref=real', f'--json={path}', f'--log={tmp_path / "log"}')
+    assert code == 0, err
+    record = json.loads(path.read_text())
+    assert record['images']['seeds'] == ['0-19', '20-39'] and 'N=20 x 2' in out
+    assert record['images']['net']['sha256'] == hashlib.sha256(network.read_bytes()).hexdigest()
+    assert record['images']['sampler']['name'] == 'euler' and record['images']['classes'] == list(range(10))
+    config = SamplerConfig(name='euler', steps=2)
+    net = load_network(network)[0]
+    for numbers, seeds in zip(record['runs'], (range(20), range(20, 40)), strict=True):
+        images = torch.cat([batch.images for batch in generate(net, seeds, config, classes=range(10), batch_size=20)])
+        folder = write_images(tmp_path / f'{seeds[0]}', images[:, 0].numpy())
+        assert run('calc', f'--images={folder}', '--ref=real', f'--json={path}', f'--log={tmp_path / "log"}')[0] == 0
+        stored = json.loads(path.read_text())['metrics']['fd_pixels']['value']
+        assert numbers['fd_pixels']['value'] == pytest.approx(stored, rel=1e-9)
+
+
+def test_mistakes_about_networks(run, network, tmp_path):
+    for arguments, problem in (
+        (['--class=10'], 'classes must be between 0 and 9'),
+        (['--guidance=2'], 'guiding network'),
+        (['--sampler=hean'], 'heun'),
+        (['--ref=colour'], 'net.safetensors are 1x8x8'),
+        (['--seeds=0'], 'net.safetensors has 1 image(s)'),
+        (['--device=cuda:99'], 'cuda:99'),
+    ):
+        code, out, err = run('gen', f'--net={network}', '--ref=real', *arguments)
+        assert (code, out, err.count('\n')) == (2, '', 1) and problem in err
