@@ -13,7 +13,7 @@ from metrics.collectors import ClassScores, FeatureSample, shuffled
 from metrics.image_sets import Batch
 from metrics.inception_score import inception_score
 from metrics.kid import kernel_distance, mmd2_unbiased
-from metrics.precision_recall import precision_recall
+from metrics.precision_recall import _distances2, precision_recall
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -187,6 +187,13 @@ def test_copies_lie_in_each_others_manifold_however_far_from_zero():
     same = torch.full((5, 6), 1e3)  # balls of radius 0
     assert precision_recall(sample(same), sample(same))['precision'] == 1
     assert precision_recall(sample(features), sample(features + 100))['precision'] == 0
+
+
+def test_equal_vectors_are_at_distance_zero_and_near_ones_are_not():
+    x = normal(3, 20, 501) + 5
+    distances = _distances2(x, torch.cat([x, x + 1e-3]))
+    assert (distances[:, :20].diagonal() == 0).all()
+    torch.testing.assert_close(distances[:, 20:].diagonal(), torch.full((20,), 501e-6).double(), rtol=1e-6, atol=0)
 
 
 def test_precision_and_recall_in_blocks(monkeypatch):

@@ -244,6 +244,16 @@ def test_features_are_of_the_resized_and_scaled_image(detector):
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_scaling_is_minus_128_over_128(detector):
+    seen = []
+    hook = detector.net.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        detector(torch.tensor([0, 128, 255], dtype=torch.uint8).reshape(3, 1, 1, 1))
+    finally:
+        hook.remove()
+    assert [image.unique().tolist() for image in seen[0]] == [[-1], [0], [127 / 128]]
+
+
 def test_grayscale_is_replicated(detector):
     images = random_images(5, 2, 1, 16, 16)
     torch.testing.assert_close(detector(images), detector(images.expand(-1, 3, -1, -1)), rtol=0, atol=0)
