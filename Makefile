@@ -37,7 +37,7 @@ demo: setup
 	python reconstruct_phema.py --indir=demo/run --outstd=0.120
 	python generate.py --net=demo/run/phema-0000049-0.120.safetensors --seeds=0-99 --class=0-9 --outdir=demo/samples
 	python calculate_metrics.py gen --net=demo/run/phema-0000049-0.120.safetensors --ref=demo/digits.zip \
-		--metrics=fd_pixels,class_agreement --seeds=0-999 --json=demo/metrics.json
+		--metrics=fd_pixels,class_agreement --seeds=0-999 --json=demo/metrics.json --log=demo/metrics.jsonl
 	@echo
 	@echo 'Generated digits, a class per column:  demo/samples-grid.png'
 	@echo 'Loss over training time:               demo/run/loss.png'

@@ -1,7 +1,9 @@
-"""Measure images against a data set, and make reference files of data sets."""
+"""Measure images against a data set, compare image sets, and make reference files of data sets."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,14 @@ import torch
 from tqdm import tqdm
 
 from dnnlib import cli
+from dnnlib.download import file_sha256, local_file, local_file
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder, write_json
+from metrics.detectors import Detector, DetectorOptions, load_detectors
 from metrics.gathering import Batch, Gathered, ImageSet, gather
+from metrics.published import is_published, load_published
+from metrics.reading import Images, NpzImages, Part, batch_range, describe, read_batches
+from metrics.records import append_record, describe_run, find_generation, format_int_list
 from metrics.reference import SUFFIX, load_reference, save_reference
 from metrics.registry import (
     METRICS,
@@ -20,33 +27,113 @@ from metrics.registry import (
     check_sets,
     evaluate,
     format_result,
+    format_summary,
+    memory_notes,
     needs_of,
     reference_problems,
     select_metrics,
+    summarize,
 )
-from networks.files import load_network
+from networks.encoders import load_encoder
+from networks.files import NetworkInfo, load_network
 from sampling.pipeline import SamplerConfig, check_fit, generate
+from sampling.samplers import SAMPLERS, Churn
 from torch_utils import distributed
-from torch_utils.tensor_files import library_versions
 from training.dataset import ImageDataset
 
-REFERENCE_METRICS = ['fd_pixels']  # those whose needs a reference file can hold
+VAE_FACTOR = 8  # side of a picture over that of its latents
+GPU_WORKERS = 4  # processes that decode beside a GPU; beside a CPU detector they would only take its cores
+LIST = '\n'.join(f'  {name:<17} {metric.about}' for name, metric in METRICS.items())
+EPILOG = f"""\b
+Metrics:
+{LIST}
+"""
 
 output_file = click.Path(dir_okay=False, path_type=Path)
-batch_option = click.option(
-    '--batch', help='Images at a time.', type=click.IntRange(min=1), default=256, show_default=True
-)
-
-metrics_option = click.option(
-    '--metrics',
-    help=f'Comma-separated, of: {", ".join(METRICS)}.',
-    metavar='LIST',
-    default='fd_pixels',
-    show_default=True,
+ref_option = click.option(
+    '--ref', metavar='FILE|DATASET', help='Reference file, published statistics (.npz, .pkl), or the real images.'
 )
 
 
-@click.group()
+def repeats_option(text: str) -> Callable:
+    """--repeats with a meaning of its own in each command."""
+    return click.option('--repeats', type=click.IntRange(min=1), default=1, show_default=True, help=text)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all commands share: the metrics, where and how they are computed, and where results go."""
+
+    metrics: dict[str, Metric]
+    device: torch.device
+    detectors: dict[str, Detector]
+    batch: int
+    workers: int
+    json: Path | None
+    log: Path | None
+
+    def gather(self, about: ImageSet, batches: Iterator[Batch], reference: bool = False) -> Gathered:
+        """One pass over a set of images."""
+        return gather(about, batches, needs_of(self.metrics, reference), self.device, self.detectors)
+
+    def read(self, images: Images, title: str) -> Iterator[Batch]:
+        """This rank's batches of stored images."""
+        return read_batches(images, self.batch, title, self.workers)
+
+
+def measuring(default: str, results: bool = True) -> Callable:
+    """Add the options that all commands share, and give the command a `Setup` instead of them.
+
+    Args:
+        default: Of --metrics.
+        results: Whether there are results to write: --json and --log.
+    """
+    options = [
+        click.option('--metrics', metavar='LIST', default=default, show_default=True,
+                     help=f'Comma-separated, of: {", ".join(METRICS)}.'),
+        click.option('--inception', metavar='FILE',
+                     help='Weights of Inception-v3; else $EDM2PLUS_INCEPTION or a download.'),
+        click.option('--dinov2', metavar='DIR', help='Model folder of DINOv2; else $EDM2PLUS_DINOV2 or a download.'),
+        click.option('--any-weights', is_flag=True, help='Accept other weights than the published ones.'),
+        click.option('--batch', type=click.IntRange(min=1), default=256, show_default=True, help='Images at a time.'),
+        click.option('--workers', type=click.IntRange(min=0),
+                     help=f'Processes that decode; by default {GPU_WORKERS} beside a GPU, else none.'),
+        click.option('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.'),
+    ]  # fmt: skip
+    if results:
+        options[1:1] = [
+            click.option('--json', type=output_file, help='Write all numbers to this file.'),
+            click.option('--log', type=output_file, default='metrics.jsonl', show_default=True,
+                         help='Append a line with all numbers and how to repeat them.'),
+        ]  # fmt: skip
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def run(metrics, inception, dinov2, any_weights, batch, workers, device, json=None, log=None, **flags):
+            chosen = select_metrics(metrics.split(','))
+            options = DetectorOptions(inception, dinov2, any_weights)
+
+            @contextlib.contextmanager
+            def start() -> Iterator[Setup]:
+                """Join torchrun's processes, if there are any, load the detectors, and leave in the end."""
+                try:
+                    place = distributed.init(device)
+                    detectors = load_detectors((need.detector for need in needs_of(chosen)), place, options)
+                    decoders = (GPU_WORKERS if place.type == 'cuda' else 0) if workers is None else workers
+                    yield Setup(chosen, place, detectors, batch, decoders, json, log)
+                finally:
+                    distributed.close()
+
+            return command(chosen, start, **flags)
+
+        for option in reversed(options):
+            run = option(run)
+        return run
+
+    return decorate
+
+
+@click.group(epilog=EPILOG)
 def main():
     """Measure how close images are to a data set.
 
@@ -54,178 +141,290 @@ def main():
     python calculate_metrics.py ref --data=digits.zip --dest=digits-ref.safetensors
     python calculate_metrics.py calc --images=out --ref=digits-ref.safetensors
     python calculate_metrics.py gen --net=net.safetensors --ref=digits.zip --seeds=0-1796
-    torchrun --standalone --nproc_per_node=8 calculate_metrics.py calc --images=out --ref=imagenet.zip
+    python calculate_metrics.py compare real.zip out
+    torchrun --standalone --nproc_per_node=8 calculate_metrics.py calc --images=out --ref=imagenet.zip --metrics=fid,kid
     """
 
 
-@main.command()
-@click.option('--images', help='Folder or zip of images.', metavar='DIR|ZIP', required=True)
-@click.option('--ref', help='Reference file, or the real images.', metavar='FILE|DATASET', required=True)
-@metrics_option
-@click.option('--json', 'json_path', help='Write all numbers to this file.', type=output_file)
-@batch_option
-def calc(images: str, ref: str, metrics: str, json_path: Path | None, batch: int):
-    """Measure the images of a folder or zip.
+@main.command(epilog=EPILOG)
+@click.option('--images', 'path', metavar='DIR|ZIP|NPZ', required=True, help='The images; of an .npz, arr_0.')
+@ref_option
+@repeats_option('Equal parts to measure one by one.')
+@measuring('fd_pixels')
+def calc(chosen: dict[str, Metric], start, path: str, ref: str | None, repeats: int):
+    """Measure stored images.
 
     \b
-    python calculate_metrics.py calc --images=out --ref=digits.zip \\
-        --metrics=fd_pixels,class_agreement --json=metrics.json
+    python calculate_metrics.py calc --images=out --ref=digits.zip --metrics=fd_pixels,class_agreement
+    python calculate_metrics.py calc --images=out --ref=img64.pkl --metrics=fid --inception=WEIGHTS.pth
+    python calculate_metrics.py calc --images=out150k --ref=ref.safetensors --metrics=fid,kid --repeats=3
     """
-    chosen = select_metrics(metrics.split(','))
-    dataset = ImageDataset(images)
-    with _process_group() as device:
-        reference = _open_reference(ref, chosen, _describe(dataset), batch, device)
-        _prepare_folder(json_path)
-        gathered = gather(_describe(dataset), _read(dataset, batch, 'images'), needs_of(chosen), device)
-        if distributed.rank() == 0:
-            _report(chosen, reference, ref, gathered, {'path': images}, json_path)
+    images = open_images(path)
+    parts = split(images, repeats)
+    check_early(chosen, describe(parts[0]), ref)
+    with start() as setup:
+        reference = open_reference(setup, ref, describe(parts[0]))
+        prepare_output(setup)
+        note_memory(setup, reference, describe(parts[0]))
+        gathered = (setup.gather(describe(part), setup.read(part, part.name)) for part in parts)
+        report(setup, reference, ref, gathered, {'path': path, 'generation': find_generation(path)})
 
 
-@main.command()
+@main.command(epilog=EPILOG)
+@click.argument('first', metavar='A')
+@click.argument('second', metavar='B')
+@measuring('fd_pixels')
+def compare(chosen: dict[str, Metric], start, first: str, second: str):
+    """Compare two sets of images, A in the place of the reference.
+
+    Fréchet and kernel distances are the same either way round; precision is the share of B within A's manifold.
+
+    \b
+    python calculate_metrics.py compare real.zip out --metrics=fid,precision_recall
+    """
+    images = open_images(second)
+    check_early(chosen, describe(images), first)
+    with start() as setup:
+        reference = open_reference(setup, first, describe(images))
+        prepare_output(setup)
+        note_memory(setup, reference, describe(images))
+        gathered = [setup.gather(describe(images), setup.read(images, images.name))]
+        report(setup, reference, first, gathered, {'path': second, 'generation': find_generation(second)})
+
+
+@main.command(epilog=EPILOG)
 @click.option('--net', 'net_path', help='Network file, or a published pickle.', metavar='FILE|URL', required=True)
-@click.option('--gnet', 'gnet_path', help='Guiding network file.', metavar='FILE|URL')
-@click.option('--offline', help='Download nothing; URLs come from the cache.', is_flag=True)
-@click.option('--guidance', help='Guidance weight; 1 is none.', type=float, default=1.0, show_default=True)
-@click.option('--ref', help='Reference file, or the real images.', metavar='FILE|DATASET', required=True)
-@metrics_option
+@click.option(
+    '--gnet', 'gnet_path', help='Guiding network file; "self": the main one without labels.', metavar='FILE|URL|self'
+)
+@ref_option
 @click.option('--seeds', help='An image for each.', type=cli.INTS, default='0-49999', show_default=True)
-@click.option('--steps', help='Sampling steps.', type=int, default=32, show_default=True)
+@repeats_option('Measure so many times, each with the seeds after the last.')
+@click.option('--class', 'classes', type=cli.INTS, help='Class, or classes to cycle through; by default random.')
+@click.option('--sampler', 'name', default='heun', show_default=True, metavar='|'.join(SAMPLERS), help='Solver.')
+@click.option('--steps', type=int, default=32, show_default=True, help='Sampling steps.')
+@click.option('--guidance', type=float, default=1.0, show_default=True, help='Guidance weight; 1 is none.')
+@click.option('--guidance-interval', type=cli.FLOATS, metavar='LO,HI', help='Guide at noise levels in (LO, HI] only.')
+@click.option('--sigma-min', type=float, default=0.002, show_default=True, help='Lowest noise level.')
+@click.option('--sigma-max', type=float, default=80.0, show_default=True, help='Highest noise level.')
+@click.option('--rho', type=float, default=7.0, show_default=True, help='Spacing of the noise levels.')
+@click.option('--S_churn', 'S_churn', type=float, default=0.0, show_default=True, help='Noise added on the way.')
+@click.option('--S_min', 'S_min', type=float, default=0.0, show_default=True, help='Lowest noise level of churn.')
+@click.option('--S_max', 'S_max', type=float, default=float('inf'), show_default=True, help='Highest one.')
+@click.option('--S_noise', 'S_noise', type=float, default=1.0, show_default=True, help='Inflation of added noise.')
+@click.option('--offline', is_flag=True, help='Download nothing; URLs come from the cache.')
+@click.option('--vae', metavar='DIR', help='Folder of the VAE, for latents on machines without a network.')
 @click.option('--precision', help='Of the features.', metavar='fp32|bf16|fp16', default='fp32', show_default=True)
-@click.option('--json', 'json_path', help='Write all numbers to this file.', type=output_file)
-@batch_option
-def gen(net_path, gnet_path, offline, guidance, ref, metrics, seeds, steps, precision, json_path, batch):
-    """Generate images and measure them; no image is written.
+@measuring('fd_pixels')
+def gen(chosen, start, net_path, gnet_path, ref, seeds, repeats, classes, offline, vae, precision, **flags):
+    """Generate images and measure them; no image is written. Images are those of generate.py for the same options.
 
     \b
     python calculate_metrics.py gen --net=net.safetensors --ref=digits.zip --seeds=0-1796
+    torchrun --standalone --nproc_per_node=8 calculate_metrics.py gen --net=NET --ref=REF --metrics=fid --repeats=3
     """
-    chosen = select_metrics(metrics.split(','))
-    config = SamplerConfig(steps=steps, guidance=guidance).check()
+    config = sampler_config(flags)
     seeds = list(dict.fromkeys(seeds))
-    with _process_group() as device:
-        net, info = load_network(net_path, device, precision, offline)
-        guiding_net = load_network(gnet_path, device, precision, offline)[0] if gnet_path else None
-        check_fit(net, guiding_net, config, classes=None)
-        about = ImageSet(
-            Path(net_path).name,
-            len(seeds),
-            (info.config.img_channels, *info.config.img_resolution),
-            info.config.label_dim,
+    with start() as setup:
+        net, info = load_network(net_path, setup.device, precision, offline)
+        guiding_net, guiding_info = (net, info) if gnet_path == 'self' else (None, None)
+        if guiding_net is None and gnet_path:
+            guiding_net, guiding_info = load_network(gnet_path, setup.device, precision, offline)
+        check_fit(net, guiding_net, config, classes)
+        encoder = load_encoder(info.encoder, setup.device, vae)
+        make = functools.partial(
+            generate, net, config=config, guiding_net=guiding_net, classes=classes, encoder=encoder
         )
-        reference = _open_reference(ref, chosen, about, batch, device)
-        _prepare_folder(json_path)
-        batches = _generate(net, guiding_net, seeds, config, batch)
-        gathered = gather(about, batches, needs_of(chosen), device)
-        if distributed.rank() == 0:
-            source = {
-                'net': {'file': net_path, **info.to_header()},
-                'guiding_net': gnet_path,
-                'sampler': {'name': 'heun', **config.to_json()},
-                'seeds': seeds,
-                'precision': precision,
-                'device': device.type,
-            }
-            _report(chosen, reference, ref, gathered, source, json_path)
+        about = ImageSet(Path(net_path).name, len(seeds), made_shape(info), info.config.label_dim)
+        check_early(chosen, about, ref)
+        reference = open_reference(setup, ref, about)
+        prepare_output(setup)
+        note_memory(setup, reference, about)
+        runs = [[seed + k * (max(seeds) - min(seeds) + 1) for seed in seeds] for k in range(repeats)]
+        gathered = (setup.gather(about, made(make, run, setup.batch)) for run in runs)
+        source = {
+            'net': describe_network(net_path, info),
+            'guiding_net': describe_network(gnet_path, guiding_info) if guiding_info is not None else None,
+            'sampler': config.to_json(),
+            'seeds': [format_int_list(run) for run in runs],
+            'classes': classes,
+            'vae': vae,
+            'precision': precision,
+        }
+        report(setup, reference, ref, gathered, source)
 
 
-def _generate(net, guiding_net, seeds: list[int], config: SamplerConfig, batch_size: int) -> Iterator[Batch]:
-    """This rank's generated images: every world_size-th seed."""
-    places = range(distributed.rank(), len(seeds), distributed.world_size())
-    start = 0
-    with tqdm(total=len(places), desc='images', unit='img', disable=True if distributed.rank() else None) as bar:
-        for made in generate(net, [seeds[i] for i in places], config, guiding_net, batch_size=batch_size):
-            indices = torch.tensor(places[start : start + len(made.seeds)])
-            start += len(made.seeds)
-            bar.update(len(made.seeds))
-            yield Batch(made.images, made.labels, indices)
+def sampler_config(flags: dict[str, Any]) -> SamplerConfig:
+    """From the sampler's flags."""
+    churn = Churn(**{name: flags.pop(name) for name in ('S_churn', 'S_min', 'S_max', 'S_noise')})
+    interval = flags.pop('guidance_interval')
+    if interval is not None:
+        flags['guidance_interval'] = tuple(interval)
+    return SamplerConfig(**flags, churn=churn).check()
 
 
-@main.command()
-@click.option('--data', help='The data set.', metavar='DIR|ZIP', required=True)
+def made_shape(info: NetworkInfo) -> tuple[int, int, int]:
+    """(C, H, W) of the pictures that a network makes."""
+    channels, (height, width) = info.config.img_channels, info.config.img_resolution
+    return (channels, height, width) if info.encoder == 'rgb' else (3, VAE_FACTOR * height, VAE_FACTOR * width)
+
+
+@main.command(epilog=EPILOG)
+@click.option('--data', help='The data set.', metavar='DIR|ZIP|NPZ', required=True)
 @click.option('--dest', help=f'File to write, ending in {SUFFIX}.', type=output_file, required=True)
-@batch_option
-def ref(data: str, dest: Path, batch: int):
-    """Write the statistics of a data set to a file, for `calc --ref`.
+@measuring('fd_pixels', results=False)
+def ref(chosen: dict[str, Metric], start, data: str, dest: Path):
+    """Write what metrics need of a data set to a file, for `--ref`.
 
     \b
     python calculate_metrics.py ref --data=digits.zip --dest=digits-ref.safetensors
+    python calculate_metrics.py ref --data=img64.zip --dest=img64-ref.safetensors --metrics=fid,fd_dinov2,kid
     """
     if dest.suffix != SUFFIX:
         raise UserError(f'--dest={dest} must end in {SUFFIX}')
-    dataset = ImageDataset(data)
-    if problems := reference_problems(_describe(dataset)):
+    images = open_images(data)
+    about = describe(images)
+    if problems := reference_problems(about):
         raise UserError(problems)
-    with _process_group() as device:
-        _prepare_folder(dest)
-        needs = needs_of(select_metrics(REFERENCE_METRICS))
-        real = gather(_describe(dataset), _read(dataset, batch, 'data set'), needs, device)
+    if not needs_of(chosen, reference=True):
+        raise UserError(f'{", ".join(chosen)} needs no reference')
+    with start() as setup:
+        if distributed.rank() == 0:
+            make_folder(dest.parent)
+        note_memory(setup, None, about)
+        real = setup.gather(about, setup.read(images, 'data set'), reference=True)
         if distributed.rank() == 0:
             save_reference(dest, real)
-            click.echo(f'{dest}: statistics of {real.about.count} images of {real.about.name}')
+            kinds = ', '.join(f'{need.detector}/{need.collector.kind}' for need in real.collected)
+            click.echo(f'{dest}: {kinds} of {about.count} images of {about.name}')
 
 
-@contextlib.contextmanager
-def _process_group() -> Iterator[torch.device]:
-    """Join torchrun's processes, if there are any, and leave them again."""
-    try:
-        yield distributed.init()
-    finally:
-        distributed.close()
+def open_images(path: str) -> Images:
+    """The reader for a folder, a zip or an `.npz`."""
+    return NpzImages(path) if path.lower().endswith('.npz') else ImageDataset(path)
 
 
-def _describe(dataset: ImageDataset) -> ImageSet:
-    return ImageSet(dataset.name, len(dataset), tuple(dataset.image_shape), dataset.num_classes, dataset.fingerprint)
+def split(images: Images, repeats: int) -> list[Images]:
+    """Consecutive parts of equal size, for --repeats."""
+    if repeats == 1:
+        return [images]
+    size, rest = divmod(len(images), repeats)
+    if rest:
+        raise UserError(f'{images.name} has {len(images)} images, which {repeats} repeats do not divide evenly')
+    return [Part(images, k * size, (k + 1) * size) for k in range(repeats)]
 
 
-def _read(dataset: ImageDataset, batch_size: int, title: str) -> Iterator[Batch]:
-    """This rank's batches of a data set: every world_size-th one."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    starts = range(rank * batch_size, len(dataset), world_size * batch_size)
-    for start in tqdm(starts, desc=title, unit='batch', disable=True if rank else None):
-        indices = torch.arange(start, min(start + batch_size, len(dataset)))
-        images, labels = zip(*(dataset[i] for i in indices.tolist()), strict=True)
-        yield Batch(torch.stack(images), torch.tensor(labels), indices)
+def made(make: Callable, seeds: list[int], batch_size: int) -> Iterator[Batch]:
+    """This rank's batches of generated images; see `batch_range` for why they do not depend on the ranks."""
+    mine = batch_range(len(seeds), batch_size)
+    with tqdm(total=len(seeds), desc='images', unit='img', disable=True if distributed.rank() else None) as bar:
+        for k in mine:
+            chosen = seeds[k * batch_size : (k + 1) * batch_size]
+            for images in make(seeds=chosen, batch_size=batch_size):
+                indices = torch.arange(k * batch_size, k * batch_size + len(chosen))
+                yield Batch(images.images, images.labels, indices, [f'seed {seed}' for seed in chosen])
+            bar.update(min(len(chosen) * distributed.world_size(), bar.total - bar.n))
 
 
-def _prepare_folder(path: Path | None) -> None:
-    """Find out that `path` cannot be written before the images are read, not after."""
-    if path is not None and distributed.rank() == 0:
-        make_folder(path.parent)
+def describe_network(path: str, info: NetworkInfo) -> dict[str, Any]:
+    """A network file, with its SHA-256."""
+    sha256 = None if path == 'self' else file_sha256(local_file(path))
+    return {'file': path, 'sha256': sha256, **info.to_header()}
 
 
-def _open_reference(
-    path: str, metrics: dict[str, Metric], images: ImageSet, batch_size: int, device: torch.device
-) -> Gathered:
+def is_file_of_statistics(path: str) -> bool:
+    """Whether a reference is a file made before, ours or another's, rather than images."""
+    return path.endswith(SUFFIX) or is_published(path)
+
+
+def check_early(metrics: dict[str, Metric], images: ImageSet, ref: str | None) -> None:
+    """Find what can be wrong before detectors are loaded and images are read."""
+    if ref is None:
+        check_sets(metrics, None, images)
+    elif not any(metric.reference for metric in metrics.values()):
+        raise UserError(f'{", ".join(metrics)} needs no reference; leave --ref out')
+    else:
+        path = str(local_file(ref))
+        about = None if is_file_of_statistics(path) else describe(open_images(path))
+        if about is not None:
+            check_sets(metrics, about, images)
+
+
+def open_reference(setup: Setup, ref: str | None, images: ImageSet) -> Gathered | None:
     """Load a reference file, or gather what the metrics need of a data set; refuse what `images` cannot be held to."""
-    if path.endswith(SUFFIX):
-        reference = load_reference(path, needs_of(metrics))
-        check_sets(metrics, reference.about, images)
+    if ref is None:
+        return None
+    path, needs = str(local_file(ref)), needs_of(setup.metrics, reference=True)
+    if is_file_of_statistics(path):
+        load = load_reference if path.endswith(SUFFIX) else load_published
+        reference = load(path, needs, setup.detectors)
+        check_sets(setup.metrics, reference.about, images)
         return reference
-    dataset = ImageDataset(path)
-    check_sets(metrics, _describe(dataset), images)
-    return gather(_describe(dataset), _read(dataset, batch_size, 'reference'), needs_of(metrics), device)
+    dataset = open_images(path)
+    return setup.gather(describe(dataset), setup.read(dataset, 'reference'), reference=True)
 
 
-def _report(
-    metrics: dict[str, Metric],
-    reference: Gathered,
-    reference_path: str,
-    images: Gathered,
-    source: dict[str, Any],
-    json_path: Path | None,
-) -> None:
-    """Evaluate, print a line for each metric and warning, and write everything to `json_path`."""
-    results = evaluate(metrics, reference, images)
-    for name, numbers in results['metrics'].items():
-        click.echo(format_result(name, numbers))
-    for warning in results['warnings']:
+def prepare_output(setup: Setup) -> None:
+    """Find out that results cannot be written before the images are read, not after."""
+    for path in (setup.json, setup.log):
+        if path is not None and distributed.rank() == 0:
+            make_folder(path.parent)
+
+
+def note_memory(setup: Setup, reference: Gathered | None, images: ImageSet) -> None:
+    """Say what metrics that keep features will take."""
+    sizes = {name: detector.num_features(images.image_shape) for name, detector in setup.detectors.items()}
+    if distributed.rank() == 0:
+        for note in memory_notes(setup.metrics, (images.count, reference and reference.about.count), sizes):
+            click.echo(note, err=True)
+
+
+def report(setup: Setup, reference: Gathered | None, ref: str | None, runs, source: dict[str, Any]) -> None:
+    """Evaluate each run, print a line for each metric and warning, and write everything down."""
+    results, about = [], None
+    for gathered in runs:  # every rank takes part in gathering
+        about = gathered.about
+        if distributed.rank() == 0:
+            results.append(evaluate(setup.metrics, reference, gathered))
+            for name, numbers in results[-1]['metrics'].items():
+                click.echo(format_result(name, numbers))
+    if distributed.rank() != 0:
+        return
+    record = {**results[0], 'warnings': list(dict.fromkeys(w for r in results for w in r['warnings']))}
+    record['warnings'] += weights_warnings(setup, reference)
+    if len(results) > 1:
+        del record['metrics']
+        record['runs'] = [result['metrics'] for result in results]
+        record['summary'] = summarize(setup.metrics, results)
+        for name, summary in record['summary'].items():
+            click.echo(format_summary(name, summary, about.count, len(results)))
+    for warning in record['warnings']:
         click.echo(f'warning: {warning}', err=True)
-    if json_path is not None:
-        described = {
-            'images': {**source, **vars(images.about)},
-            'reference': {'path': reference_path, **vars(reference.about), 'versions': reference.versions},
-        }
-        write_json(json_path, {**results, **described, 'versions': library_versions()})
+    record['images'] = {**vars(about), **source}
+    record['reference'] = None if reference is None else describe_reference(ref, reference)
+    record['run'] = describe_run(setup.device, setup.batch)
+    if setup.json is not None:
+        write_json(setup.json, record)
+    if setup.log is not None:
+        append_record(setup.log, record)
+
+
+def weights_warnings(setup: Setup, reference: Gathered | None) -> list[str]:
+    """What there is to say of detectors whose weights are not certainly the published ones."""
+    found = []
+    for name, detector in setup.detectors.items():
+        if detector.published is False:
+            found.append(f'{name} has other weights than the published ones: compare the values with nothing else')
+        elif detector.published is None and reference and reference.identities.get(name, '') is None:
+            found.append(f'{name}: nothing tells whether its weights are those of the published reference')
+    return found
+
+
+def describe_reference(ref: str, reference: Gathered) -> dict[str, Any]:
+    """The reference, with the SHA-256 of its file if it is one."""
+    path = local_file(ref)
+    sha256 = file_sha256(path) if path.is_file() and is_file_of_statistics(str(path)) else None
+    return {'path': ref, 'sha256': sha256, **vars(reference.about), 'versions': reference.versions}
 
 
 if __name__ == '__main__':

@@ -1,29 +1,38 @@
 """Generate images from a network file: `python generate.py --net=FILE --seeds=0-99 --outdir=DIR`."""
 
-from collections.abc import Iterable
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import click
-import numpy as np
-import PIL.Image
-import torch
 from tqdm import tqdm
 
 from dnnlib import cli
+from dnnlib.download import local_file
 from dnnlib.errors import UserError
-from dnnlib.files import make_folder, write_json
-from dnnlib.images import image_grid, save_png
-from networks.files import load_network
+from dnnlib.files import make_folder
+from dnnlib.parsing import parse_grid
+from networks.denoiser import Denoiser
+from networks.encoders import Encoder, load_encoder
+from networks.files import NetworkInfo, load_network
 from networks.published_models import models_table, resolve_model
-from sampling.pipeline import Batch, SamplerConfig, check_fit, generate
+from sampling.output import ImageWriter, file_hash, finish, image_name, is_complete, missing_seeds, prepare
+from sampling.pictures import check_trajectory, default_layout, draw_grid, draw_trajectory
+from sampling.pipeline import SamplerConfig, check_fit, choose_labels, count_evaluations, sample, trajectory
+from sampling.samplers import SAMPLERS, Churn
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
+
+SELF = 'self'
+TRAJECTORY_SEEDS = 8
 
 EPILOG = """\b
 Examples:
   python generate.py --net=runs/digits/phema-0000049-0.120.safetensors --seeds=0-99 --class=0-9 --outdir=out/digits
   python generate.py --preset=edm2-img64-s-fid --seeds=0-99 --outdir=out/edm2
   torchrun --standalone --nproc_per_node=8 generate.py --net=FILE --seeds=0-49999 --outdir=out/fid --subdirs
+  python generate.py --net=FILE --gnet=WEAKER --guidance=2 --guidance-interval=0.19,1.61 --seeds=0-7 --outdir=out/g
+  python generate.py --net=FILE --sampler=dpm++2m --steps=18 --seeds=0-49999 --format=npz --outdir=out/npz
 """
 
 
@@ -36,109 +45,193 @@ def print_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
 
 @click.command(epilog=EPILOG)
 @click.option('--net', 'net_path', metavar='FILE|URL', help='Network file, or a published EDM2 pickle.')
-@click.option('--gnet', 'gnet_path', metavar='FILE|URL', help='Guiding network file.')
+@click.option('--gnet', 'gnet_path', metavar='FILE|URL|self',
+              help='Guiding network: unconditional, or weaker; "self" is the main one with its labels dropped, '
+                   'for networks that were trained with some of them dropped.')  # fmt: skip
 @click.option('--guidance', type=float, help='Guidance weight; 1 is none, and the default without --preset.')
 @click.option('--preset', metavar='NAME', help='Published EDM2 model: network, guiding network and guidance at once.')
-@click.option(
-    '--list-presets',
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=print_presets,
-    help='Show them and stop.',
-)
-@click.option('--offline', is_flag=True, help='Download nothing; URLs and presets come from the cache.')
+@click.option('--list-presets', is_flag=True, is_eager=True, expose_value=False, callback=print_presets,
+              help='Show them and stop.')  # fmt: skip
+@click.option('--guidance-interval', type=cli.FLOATS, metavar='LO,HI',
+              help='Guide at noise levels in (LO, HI] only, such as 0.19,1.61; by default at all.')  # fmt: skip
 @click.option('--outdir', required=True, metavar='DIR', help='Where the images go; DIR-grid.png shows them at once.')
 @click.option('--seeds', type=cli.INTS, required=True, help='One image for each, such as 0-99 or 1,2,5-10.')
 @click.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
 @click.option('--class', 'classes', type=cli.INTS, help='Class, or classes to cycle through; by default random.')
 @click.option('--batch', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.')
-@click.option('--steps', type=int, default=32, show_default=True, help='Sampling steps; 2 N - 1 evaluations.')
+@click.option('--sampler', 'name', default='heun', show_default=True, metavar='|'.join(SAMPLERS),
+              help='heun makes 2 N - 1 evaluations in N steps, the others N.')  # fmt: skip
+@click.option('--steps', type=int, default=32, show_default=True, help='Sampling steps.')
 @click.option('--sigma-min', type=float, default=0.002, show_default=True, help='Lowest noise level.')
 @click.option('--sigma-max', type=float, default=80.0, show_default=True, help='Highest noise level.')
 @click.option('--rho', type=float, default=7.0, show_default=True, help='Spacing of the noise levels.')
+@click.option('--S_churn', 'S_churn', type=float, default=0.0, show_default=True, help='Noise added on the way.')
+@click.option('--S_min', 'S_min', type=float, default=0.0, show_default=True, help='Lowest noise level of churn.')
+@click.option('--S_max', 'S_max', type=float, default=float('inf'), show_default=True, help='Highest one.')
+@click.option('--S_noise', 'S_noise', type=float, default=1.0, show_default=True, help='Inflation of added noise.')
+@click.option('--skip-existing', is_flag=True, help='Continue: keep the images that are there.')
+@click.option('--overwrite', is_flag=True, help='Replace images that were made with other settings.')
+@click.option('--format', 'form', type=click.Choice(['png', 'npz']), default='png', show_default=True,
+              help='npz packs all into DIR/images.npz: arr_0 uint8 NHWC, arr_1 classes.')  # fmt: skip
+@click.option('--grid', 'layout', type=cli.Parsed('grid', parse_grid), metavar='ROWSxCOLS',
+              help='Layout of DIR-grid.png; by default up to 10 rows, a class per column where they fit.')  # fmt: skip
+@click.option('--trajectory', 'film', type=click.Path(path_type=Path, dir_okay=False), metavar='FILE.gif|.png',
+              help=f'Show the denoised estimate of the first {TRAJECTORY_SEEDS} seeds over the steps.')  # fmt: skip
+@click.option('--vae', metavar='DIR', help='Folder of the VAE, for latents on machines without a network.')
 @click.option('--precision', default='fp32', show_default=True, metavar='fp32|bf16|fp16', help='Of the features.')
+@click.option('--compile', 'compiled', is_flag=True, help='Compile the networks first (minutes; pays on long runs).')
+@click.option('--offline', is_flag=True, help='Download nothing; URLs and presets come from the cache.')
 @click.option('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
-def main(
-    net_path, gnet_path, guidance, preset, offline, outdir, seeds, subdirs, classes, batch, precision, device, **sampler
-):
-    """Generate images with Heun's method; image k depends on seed k alone.
+def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
+    """Generate images; image k depends on seed k alone.
 
     The output folder has the layout of a dataset (dataset.json holds the classes), so that calculate_metrics.py
-    and train.py can read it. generation.json tells how the images were made.
+    and train.py can read it. generation.json tells how the images were made. A run that was interrupted is continued
+    by the same command with --skip-existing. docs/sampling.md compares the samplers.
     """
-    net_path, gnet_path, guidance = resolve_model(preset, net_path, gnet_path, guidance)
-    config = SamplerConfig(guidance=guidance, **sampler).check()
-    chosen = distributed.init(device)
+    model = resolve_model(preset, flags['net_path'], flags['gnet_path'], flags['guidance'])
+    flags['net_path'], flags['gnet_path'], flags['guidance'] = model
+    flags['config'] = sampler_config(flags)
+    flags['seeds'] = seeds = list(dict.fromkeys(flags['seeds']))
+    if film is not None:
+        check_trajectory(film)
+    device = distributed.init(flags.pop('device'))
     try:
-        net, info = load_network(net_path, chosen, precision, offline)
-        guiding_net = load_network(gnet_path, chosen, precision, offline)[0] if gnet_path else None
-        check_fit(net, guiding_net, config, classes)
-        names = {seed: f'{seed // 1000:06d}/{seed:06d}.png' if subdirs else f'{seed:06d}.png' for seed in seeds}
+        job = load(device, **flags)
         folder = make_folder(outdir)
-        prepare_folder(folder, set(names.values()))
-        mine = list(names)[distributed.rank() :: distributed.world_size()]
-        labels = write_images(folder, names, mine, generate(net, mine, config, guiding_net, classes, batch), chosen)
+        if film is not None:
+            make_folder(film.parent)
         if distributed.rank() == 0:
-            record = {
-                'net': {'file': net_path, **info.to_header()},
-                'guiding_net': gnet_path,
-                'sampler': {'name': 'heun', **config.to_json()},
-                'seeds': list(names),
-                'classes': classes,
-                'precision': precision,
-                'versions': library_versions(),
-            }
-            write_json(folder / 'generation.json', record)
-            write_json(folder / 'dataset.json', {'labels': labels})
-            draw_grid(folder, names, classes)
+            prepare(folder, job.record, skip_existing, overwrite)
+        distributed.barrier()
+        if is_complete(folder):
+            distributed.print0(f'{folder} is complete')
+            return
+        missing = missing_seeds(folder, seeds, job.record['subdirs']) if skip_existing else seeds
+        distributed.barrier()  # all ranks have looked before any writes
+        write_images(folder, missing, job)
+        distributed.barrier()
+        if distributed.rank() == 0:
+            names = [image_name(seed, job.record['subdirs']) for seed in seeds]
+            draw_grid(Path(f'{folder}-grid.png'), folder, names, layout or default_layout(seeds, job.classes))
+            if film is not None:
+                draw_trajectory(film, trajectory(job.net, seeds[:TRAJECTORY_SEEDS], *job.how, job.encoder))
+            finish(folder, job.record, choose_labels(job.net.config, seeds, None, job.classes))
+            click.echo(summary(folder, job.record, len(seeds) - len(missing)))
     finally:
         distributed.close()
 
 
-def prepare_folder(folder: Path, names: set[str]) -> None:
-    """Refuse a folder that holds other images, which would be taken for results of this run; forget an earlier run.
+def sampler_config(flags: dict[str, Any]) -> SamplerConfig:
+    """Take the sampler's flags out of all flags."""
+    churn = Churn(**{name: flags.pop(name) for name in ('S_churn', 'S_min', 'S_max', 'S_noise')})
+    given = {name: flags.pop(name) for name in ('name', 'steps', 'sigma_min', 'sigma_max', 'rho', 'guidance')}
+    interval = flags.pop('guidance_interval')
+    if interval is not None:
+        given['guidance_interval'] = tuple(interval)
+    return SamplerConfig(**given, churn=churn).check()
 
-    Its records go first: should this run be stopped, no record shall stand beside images that it does not describe.
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Args:
+        net: The main network.
+        how: SamplerConfig, guiding network or None, classes or None: arguments of `sample`.
+        encoder: Makes images of samples.
+        batch: Images at a time.
+        record: What generation.json says.
     """
-    for path in folder.rglob('*.png'):
-        if path.relative_to(folder).as_posix() not in names:
-            raise UserError(f'{folder} holds other images, such as {path.name}; give an empty folder')
-    distributed.barrier()  # all ranks have looked before any writes
-    if distributed.rank() == 0:
-        for record in ('generation.json', 'dataset.json'):
-            (folder / record).unlink(missing_ok=True)
+
+    net: Denoiser
+    how: tuple[SamplerConfig, Denoiser | None, list[int] | None]
+    encoder: Encoder
+    batch: int
+    record: dict[str, Any]
+
+    @property
+    def classes(self) -> list[int] | None:
+        """Classes to cycle through."""
+        return self.how[2]
 
 
-def write_images(
-    folder: Path, names: dict[int, str], mine: list[int], batches: Iterable[Batch], device: torch.device
-) -> list | None:
-    """Write this rank's images; return [name, class] of all ranks' images, or None without classes."""
-    position = {seed: i for i, seed in enumerate(names)}
-    labels = torch.full((len(names),), -1, device=device)
-    with tqdm(total=len(mine), unit='img', disable=None if distributed.rank() == 0 else True) as bar:
-        for batch in batches:
-            for i, seed in enumerate(batch.seeds):
-                path = folder / names[seed]
-                path.parent.mkdir(exist_ok=True)
-                save_png(path, batch.images[i].permute(1, 2, 0).numpy())
-                if batch.labels is not None:
-                    labels[position[seed]] = batch.labels[i]
-            bar.update(len(batch.seeds))
-    labels = distributed.all_reduce_max(labels).tolist()
-    return [list(pair) for pair in zip(names.values(), labels, strict=True)] if max(labels) >= 0 else None
+def load(
+    device, config, net_path, gnet_path, seeds, classes, batch, subdirs, form, vae, precision, compiled, offline
+) -> Job:
+    """Load the networks, check that all fits together, and describe it.
+
+    Raises:
+        UserError: where it does not.
+    """
+    net, info = load_network(net_path, device, precision, offline)
+    guiding_net, guiding_info = net, info
+    if gnet_path != SELF:
+        guiding_net, guiding_info = load_network(gnet_path, device, precision, offline) if gnet_path else (None, None)
+    check_fit(net, guiding_net, config, classes)
+    check_encoders(info, guiding_info)
+    encoder = load_encoder(info.encoder, device, vae)
+    if compiled:
+        for one in {net, guiding_net} - {None}:
+            one.compile(dynamic=False)
+    record = {
+        'net': describe(net_path, info),
+        'guiding_net': gnet_path if gnet_path in (None, SELF) else describe(gnet_path, guiding_info),
+        'sampler': config.to_json(),
+        'evaluations_per_image': dict(zip(('net', 'guiding_net'), count_evaluations(config), strict=True)),
+        'seeds': seeds,
+        'classes': classes,
+        'subdirs': subdirs,
+        'format': form,
+        'encoder': info.encoder,
+        'vae': vae,
+        'precision': precision,
+        'compiled': compiled,
+        'device': device.type,
+        'batch': batch,
+        'world_size': distributed.world_size(),
+        'versions': library_versions(),
+    }
+    return Job(net, (config, guiding_net, classes), encoder, batch, record)
 
 
-def draw_grid(folder: Path, names: dict[int, str], classes: list[int] | None) -> None:
-    """Show the first images at once in FOLDER-grid.png, with a column for each class where classes are cycled."""
-    cycle = len(classes) if classes else 0
-    aligned = 1 < cycle <= 20 and all(seed % cycle == i % cycle for i, seed in enumerate(names))
-    columns = min(cycle if aligned else 10, len(names))
-    pixels = [np.asarray(PIL.Image.open(folder / name)) for name in list(names.values())[: 10 * columns]]
-    pixels = np.stack([p if p.ndim == 3 else p[:, :, None] for p in pixels])
-    path = Path(f'{folder}-grid.png')
-    save_png(path, image_grid(pixels, columns, zoom=max(1, 64 // pixels.shape[1])))
-    click.echo(f'{len(names)} images in {folder}, shown in {path}')
+def describe(path: str, info: NetworkInfo) -> dict[str, Any]:
+    """What generation.json says of a network file."""
+    return {'file': path, 'sha256': file_hash(local_file(path)), **info.to_header()}
+
+
+def check_encoders(info: NetworkInfo, guiding_info: NetworkInfo | None) -> None:
+    """Check that the networks' outputs can be made pictures of.
+
+    Raises:
+        UserError: where they cannot.
+    """
+    if guiding_info is not None and guiding_info.encoder != info.encoder:
+        raise UserError(f'the guiding network is of encoder {guiding_info.encoder}, the main network {info.encoder}')
+    if info.encoder == 'rgb' and info.config.img_channels not in (1, 3):
+        channels = info.config.img_channels
+        raise UserError(f'{channels} channels make no picture, and the network file names no encoder of latents')
+
+
+def write_images(folder: Path, missing: list[int], job: Job) -> None:
+    """Sample and write this rank's share of the missing images, with a progress bar for all ranks together."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    bar = tqdm(total=len(missing), unit='img', disable=True if rank else None)
+    with bar, ImageWriter(folder, job.record['subdirs'], job.encoder) as writer:
+        for samples in sample(job.net, missing[rank::ranks], *job.how, job.batch):
+            writer.put(samples)
+            bar.update(min(ranks * len(samples.seeds), len(missing) - bar.n))
+
+
+def summary(folder: Path, record: dict[str, Any], existing: int) -> str:
+    """The line that ends a run."""
+    evaluations = record['evaluations_per_image']
+    there = f' ({existing} of them were there)' if existing else ''
+    guide = f', {evaluations["guiding_net"]} of the guiding network' if evaluations['guiding_net'] else ''
+    return (
+        f'{len(record["seeds"])} images{there} in {folder}, shown in {folder}-grid.png; '
+        f'evaluations for each: {evaluations["net"]}{guide}'
+    )
 
 
 if __name__ == '__main__':

@@ -77,3 +77,15 @@ def parse_nimg(text: str) -> int:
     if value != round(value):
         raise UserError(f'{text!r} is not a whole number of images')
     return round(value)
+
+
+def parse_grid(text: str) -> tuple[int, int]:
+    """Parse `4x10` into (4, 10), rows and columns.
+
+    Raises:
+        UserError: where it is not two numbers of at least 1 with an x between.
+    """
+    match = re.fullmatch(r'\s*([1-9]\d{0,3})x([1-9]\d{0,3})\s*', text)
+    if match is None:
+        raise UserError(f'cannot read {text!r} as ROWSxCOLS; write for instance 4x10')
+    return int(match[1]), int(match[2])

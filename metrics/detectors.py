@@ -1,11 +1,14 @@
 """Feature detectors: uint8 images in, one row of features for each image out. A new one is one row of `DETECTORS`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from dnnlib.errors import UserError, unknown_choice
+from metrics.dino import DinoDetector
+from metrics.inception import InceptionDetector
 
 
 class Detector(Protocol):
@@ -14,9 +17,11 @@ class Detector(Protocol):
     Attributes:
         identity: Name and everything that the features depend on (sizes, scaling, hash of weights). It goes into
             reference files, and only features of equal identity are compared.
+        published: Whether its weights are those that published reference statistics are made with; None: not known.
     """
 
     identity: str
+    published: bool | None
 
     def num_features(self, image_shape: tuple[int, int, int]) -> int:
         """F for images of `image_shape` = (C, H, W), known before the first image is seen."""
@@ -34,6 +39,7 @@ class PixelDetector:
     """
 
     GRID = 8
+    published = True
     identity = f'pixels (average-pooled to at most {GRID}x{GRID}, 0..1)'
 
     def __init__(self, device: torch.device | str = 'cpu'):
@@ -56,17 +62,53 @@ class PixelDetector:
         return min(height, self.GRID), min(width, self.GRID)
 
 
-DETECTORS: dict[str, Callable[[torch.device | str], Detector]] = {
-    'pixels': PixelDetector,
+@dataclass(frozen=True)
+class DetectorOptions:
+    """Where detectors find their weights.
+
+    Args:
+        inception: File of the Inception weights; None: $EDM2PLUS_INCEPTION, else the published one, downloaded once.
+        dinov2: Folder of the DINOv2 model; None: $EDM2PLUS_DINOV2, else the published one, downloaded once.
+        any_weights: Accept other weights than the published ones; results are then comparable among themselves only.
+    """
+
+    inception: str | None = None
+    dinov2: str | None = None
+    any_weights: bool = False
+
+
+DETECTORS: dict[str, Callable[[torch.device | str, DetectorOptions], Detector]] = {
+    'pixels': lambda device, options: PixelDetector(device),
+    'inception': lambda device, options: InceptionDetector(device, options.inception, options.any_weights),
+    'dinov2': lambda device, options: DinoDetector(device, options.dinov2, options.any_weights),
 }
 
 
-def load_detector(name: str, device: torch.device | str = 'cpu') -> Detector:
+def load_detector(name: str, device: torch.device | str = 'cpu', options: DetectorOptions | None = None) -> Detector:
     """The detector of that name, ready for images on `device`.
 
     Raises:
-        UserError: where there is no such detector; near names are given.
+        UserError: where there is no such detector (near names are given), or its weights are not to be had.
     """
     if name not in DETECTORS:
         raise UserError(unknown_choice('detector', name, DETECTORS))
-    return DETECTORS[name](device)
+    return DETECTORS[name](device, options or DetectorOptions())
+
+
+def load_detectors(
+    names: Iterable[str], device: torch.device | str = 'cpu', options: DetectorOptions | None = None
+) -> dict[str, Detector]:
+    """Several detectors, each once.
+
+    Raises:
+        UserError: with the problems of all of them.
+    """
+    loaded, problems = {}, []
+    for name in dict.fromkeys(names):
+        try:
+            loaded[name] = load_detector(name, device, options)
+        except UserError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UserError(problems)
+    return loaded

@@ -29,8 +29,18 @@ def frechet_distance(mean1: torch.Tensor, cov1: torch.Tensor, mean2: torch.Tenso
 
 def _factor(covariance: torch.Tensor) -> torch.Tensor:
     """A [F, R] with A A^T = covariance [F, F] and R its numerical rank."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
     # What eigh leaves of a zero eigenvalue is about this large; its root would be 1e8 times too visible.
-    tolerance = len(covariance) * torch.finfo(torch.float64).eps * eigenvalues[-1].clamp(min=0)
+    rounding = len(covariance) * torch.finfo(torch.float64).eps
+    triangle, failed = torch.linalg.cholesky_ex(covariance)  # in a hundredth of the time, where no eigenvalue is zero
+    if not failed and _lowest_eigenvalue(triangle) > rounding * covariance.norm():
+        return triangle
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+    tolerance = rounding * eigenvalues[-1].clamp(min=0)
     kept = eigenvalues > tolerance
     return eigenvectors[:, kept] * eigenvalues[kept].sqrt()
+
+
+def _lowest_eigenvalue(triangle: torch.Tensor) -> float:
+    """A lower bound of the eigenvalues of L L^T: 1 / |L^-1|^2 in the Frobenius norm."""
+    eye = torch.eye(len(triangle), dtype=triangle.dtype)
+    return 1 / torch.linalg.solve_triangular(triangle, eye, upper=False).square().sum().item()

@@ -1,129 +1,20 @@
 """One pass over a set of images: every detector sees each batch once, every collector keeps what metrics need."""
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from dnnlib.errors import UserError
-from metrics.detectors import Detector, load_detector
-from metrics.statistics import FeatureStatistics
+from metrics.collectors import Collector, LabelledFeatures, SplitStatistics, Statistics
+from metrics.detectors import Detector, load_detectors
+from metrics.image_sets import Batch, ImageSet, format_shape
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
 
-
-@dataclass(frozen=True)
-class ImageSet:
-    """What a set of images is, known before its first image is read.
-
-    Attributes:
-        name: The data set's name, for people.
-        count: Number of images in the whole set, over all ranks.
-        image_shape: (C, H, W) of every image.
-        num_classes: Number of classes, 0 where the images have no labels.
-        fingerprint: Changes with the images, as the data set reader says; None for images that are being made.
-    """
-
-    name: str
-    count: int
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    fingerprint: str | None = None
-
-
-class Batch(NamedTuple):
-    """Some images of a set.
-
-    Attributes:
-        images: uint8 [N, C, H, W].
-        labels: Class numbers int64 [N], or None.
-        indices: Place of each image in the whole set, int64 [N] in 0..count-1; each occurs once over all ranks.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor | None
-    indices: torch.Tensor
-
-
-class Collector(Protocol):
-    """What a metric keeps of a set of images, made as Collector(count of the whole set, F, device)."""
-
-    count: int
-
-    def __init__(self, count: int, num_features: int, device: torch.device | str = 'cpu'): ...
-
-    def update(self, features: torch.Tensor, batch: Batch) -> None:
-        """Take the features [N, F] of a batch."""
-
-    def all_reduce(self) -> None:
-        """Join what all ranks have; every rank calls it, also one that has seen nothing."""
-
-
-class SplitStatistics:
-    """Statistics of the images at even and at odd places; those of all are their union.
-
-    The distance of the two halves shows what the number of images alone does to a metric.
-
-    Attributes:
-        even, odd: FeatureStatistics of the halves.
-    """
-
-    def __init__(self, count: int, num_features: int, device: torch.device | str = 'cpu'):
-        del count  # sums need no room for each image
-        self.even = FeatureStatistics(num_features, device)
-        self.odd = FeatureStatistics(num_features, device)
-
-    @property
-    def count(self) -> int:
-        """Number of images seen."""
-        return self.even.count + self.odd.count
-
-    def all(self) -> FeatureStatistics:
-        """Statistics of both halves together."""
-        union = FeatureStatistics(len(self.even.mean), self.even.mean.device)
-        union.merge(self.even)
-        union.merge(self.odd)
-        return union
-
-    def update(self, features: torch.Tensor, batch: Batch) -> None:
-        """Add the features [N, F] of a batch to the halves that its images belong to."""
-        odd = (batch.indices % 2 == 1).to(features.device)
-        self.even.update(features[~odd])
-        self.odd.update(features[odd])
-
-    def all_reduce(self) -> None:
-        """Join the statistics of all ranks."""
-        self.even.all_reduce()
-        self.odd.all_reduce()
-
-
-class LabelledFeatures:
-    """The features and labels of every image, in the order of the set: 4 * count * F bytes on every rank.
-
-    Attributes:
-        features: float32 [count, F].
-        labels: int64 [count], -1 where an image has none.
-        count: Number of images seen.
-    """
-
-    def __init__(self, count: int, num_features: int, device: torch.device | str = 'cpu'):
-        self.features = torch.zeros(count, num_features, device=device)
-        self.labels = torch.zeros(count, dtype=torch.int64, device=device)
-        self.count = 0
-
-    def update(self, features: torch.Tensor, batch: Batch) -> None:
-        """Put the features [N, F] and labels of a batch in their places."""
-        places = batch.indices.to(self.features.device)
-        self.features[places] = features
-        self.labels[places] = -1 if batch.labels is None else batch.labels.to(self.labels.device)
-        self.count += len(places)
-
-    def all_reduce(self) -> None:
-        """Fill the places that other ranks have seen; elsewhere each rank holds zeros."""
-        distributed.all_reduce_sum(self.features)
-        distributed.all_reduce_sum(self.labels)
-        self.count = int(distributed.all_reduce_sum(self.labels.new_tensor([self.count])).item())
+__all__ = ['Batch', 'Gathered', 'ImageSet', 'LabelledFeatures', 'Need', 'SplitStatistics', 'Statistics', 'gather']
 
 
 class Need(NamedTuple):
@@ -139,18 +30,26 @@ class Gathered:
 
     Attributes:
         about: What the set is.
-        identities: Identity of every detector that was used, by name.
+        identities: Identity of every detector that was used, by name; None where a published reference gives none.
         collected: What was kept, by need.
         versions: Of the libraries that computed it.
+        duplicates: How many images are copies, pixel by pixel, of another one of the set.
     """
 
     about: ImageSet
-    identities: dict[str, str]
+    identities: dict[str, str | None]
     collected: dict[Need, Collector]
     versions: dict[str, str] = field(default_factory=library_versions)
+    duplicates: int = 0
 
 
-def gather(about: ImageSet, batches: Iterable[Batch], needs: Iterable[Need], device: torch.device | str) -> Gathered:
+def gather(
+    about: ImageSet,
+    batches: Iterable[Batch],
+    needs: Iterable[Need],
+    device: torch.device | str,
+    detectors: Mapping[str, Detector] | None = None,
+) -> Gathered:
     """Read a set of images once and keep what `needs` ask for. Every rank must call it, with images or without.
 
     Args:
@@ -158,61 +57,76 @@ def gather(about: ImageSet, batches: Iterable[Batch], needs: Iterable[Need], dev
         batches: This rank's share; the shares of all ranks make up the set. It must not use collectives itself.
         needs: From `needs_of`; the same on every rank.
         device: Where features are computed and kept.
+        detectors: From `load_detectors`, on `device`; None loads what is needed.
 
     Raises:
         UserError: on every rank, where any of them cannot read an image, meets another shape than that of the set,
             or gets features that are not finite; also where a detector cannot be loaded.
     """
     needs = list(dict.fromkeys(needs))
-    detectors = {need.detector: load_detector(need.detector, device) for need in needs}
-    sizes = {name: detector.num_features(about.image_shape) for name, detector in detectors.items()}
-    collected = {need: need.collector(about.count, sizes[need.detector], device) for need in needs}
+    if detectors is None:
+        detectors = load_detectors((need.detector for need in needs), device)
+    used = {need.detector: detectors[need.detector] for need in needs}
+    sizes = {name: detector.num_features(about.image_shape) for name, detector in used.items()}
+    collected = {need: need.collector(about.count, sizes[need.detector], device, used[need.detector]) for need in needs}
+    hashes = torch.zeros(about.count, dtype=torch.int64, device=device)
     problem = None
     try:
         for batch in batches:
-            _update(about, batch, detectors, collected, device)
+            _update(about, batch, used, collected, device)
+            hashes[batch.indices.to(device)] = _hash(batch.images).to(device)
     except (UserError, OSError) as error:
         problem = str(error)
-    _raise_together(problem, device)
+    raise_together(problem, device)
     for need, collector in collected.items():
         collector.all_reduce()
         assert collector.count == about.count, f'{need}: {collector.count} images seen of {about.count}'
-    return Gathered(about, {name: detector.identity for name, detector in detectors.items()}, collected)
+    duplicates = about.count - len(distributed.all_reduce_sum(hashes).unique())
+    identities = {name: detector.identity for name, detector in used.items()}
+    return Gathered(about, identities, collected, duplicates=duplicates)
 
 
 def _update(
     about: ImageSet,
     batch: Batch,
-    detectors: dict[str, Detector],
+    detectors: Mapping[str, Detector],
     collected: dict[Need, Collector],
     device: torch.device | str,
 ) -> None:
     """Give one batch to every detector, and its features to the collectors that need them."""
+
+    def call(i: int) -> str:
+        return batch.names[i] if batch.names else f'image {batch.indices[i]}'
+
     shape = tuple(batch.images.shape[1:])
     if shape != tuple(about.image_shape):
         raise UserError(
-            f'image {batch.indices[0]} of {about.name} is {format_shape(shape)}, '
-            f'the others are {format_shape(about.image_shape)}'
+            f'{call(0)} of {about.name} is {format_shape(shape)}, the others are {format_shape(about.image_shape)}'
         )
-    images = batch.images.to(device)
+    if batch.images.dtype != torch.uint8 or shape[0] not in (1, 3):
+        raise UserError(
+            f'{about.name} holds {format_shape(shape)} of {str(batch.images.dtype).removeprefix("torch.")}; '
+            'metrics need grayscale or RGB images of 8 bits (decode latents first)'
+        )
+    images = batch.images.to(device, non_blocking=True)
     for name, detector in detectors.items():
         features = detector(images)
         bad = ~features.isfinite().all(dim=1).cpu()
         if bad.any():
-            raise UserError(
-                f'image {batch.indices[bad][0]} of {about.name} has features that are not finite (detector {name})'
-            )
+            i = int(bad.nonzero()[0])
+            raise UserError(f'{call(i)} of {about.name} has features that are not finite (detector {name})')
         for need, collector in collected.items():
             if need.detector == name:
                 collector.update(features, batch)
 
 
-def format_shape(image_shape: Iterable[int]) -> str:
-    """Write (C, H, W) for people: `3x64x64 (channels x height x width)`."""
-    return 'x'.join(map(str, image_shape)) + ' (channels x height x width)'
+def _hash(images: torch.Tensor) -> torch.Tensor:
+    """64 bits for each image, int64 [N]; equal images have equal ones, and others by a chance of 2^-64 a pair."""
+    digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images.cpu().numpy())
+    return torch.tensor([int.from_bytes(digest, 'little', signed=True) for digest in digests], dtype=torch.int64)
 
 
-def _raise_together(problem: str | None, device: torch.device | str, room: int = 1024) -> None:
+def raise_together(problem: str | None, device: torch.device | str, room: int = 1024) -> None:
     """Raise UserError on every rank if any has a problem: the others would wait for it, and only rank 0 is heard."""
     table = torch.zeros(distributed.world_size(), room, dtype=torch.int32, device=device)
     if problem is not None:

@@ -1,82 +1,83 @@
-"""Reference files: statistics of a data set together with what they are of."""
+"""Reference files: what metrics need of a data set, together with what it is of."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from dnnlib.errors import UserError
-from metrics.detectors import load_detector
-from metrics.gathering import Gathered, ImageSet, Need, SplitStatistics
-from metrics.statistics import FeatureStatistics
+from metrics.detectors import Detector, load_detectors
+from metrics.gathering import Gathered, ImageSet, Need
 from torch_utils.tensor_files import TensorFile, save_tensors
 
 SUFFIX = '.safetensors'
 KIND = 'metric reference'
-HALVES = ('even', 'odd')
 
 
 def save_reference(path: str | os.PathLike, real: Gathered) -> None:
-    """Write the statistics of every detector in `real`, whole or not at all.
+    """Write everything in `real`, whole or not at all.
 
-    Tensors, for each detector and each half of the images (at even and at odd places), float64: `pixels.even.mean`
-    [F], `pixels.even.scatter` [F, F] = covariance * (count - 1). Header: kind, the fields of ImageSet, and for
-    each detector its identity and the counts of the halves. All images are the union of the halves.
+    Tensors are called DETECTOR/KIND/NAME: `inception/statistics/mean` [F] and `.../scatter` [F, F] = covariance *
+    (count - 1), float64; `pixels/halves/even.mean`, ...; `inception/sample/features`. Header: kind, the fields of
+    ImageSet (name, count, shape, fingerprint of the index, how it was made), the identity of each detector with the
+    hash of its weights, and the versions of libraries.
     """
-    tensors, detectors = {}, {}
-    for need, collected in real.collected.items():
-        assert isinstance(collected, SplitStatistics), f'a reference file holds no {need.collector.__name__}'
-        halves = {half: getattr(collected, half) for half in HALVES}
-        for half, statistics in halves.items():
-            tensors[f'{need.detector}.{half}.mean'] = statistics.mean
-            tensors[f'{need.detector}.{half}.scatter'] = statistics.scatter
-        counts = {half: statistics.count for half, statistics in halves.items()}
-        detectors[need.detector] = {'identity': real.identities[need.detector], 'counts': counts}
-    save_tensors(path, tensors, {'kind': KIND, 'images': asdict(real.about), 'detectors': detectors})
+    tensors = {
+        f'{need.detector}/{need.collector.kind}/{name}': tensor
+        for need, collected in real.collected.items()
+        for name, tensor in collected.to_tensors().items()
+    }
+    save_tensors(path, tensors, {'kind': KIND, 'images': asdict(real.about), 'detectors': real.identities})
 
 
-def load_reference(path: str | os.PathLike, needs: Iterable[Need]) -> Gathered:
+def load_reference(
+    path: str | os.PathLike, needs: Iterable[Need], detectors: Mapping[str, Detector] | None = None
+) -> Gathered:
     """Read what `needs` ask for from a file of `save_reference`.
 
+    Args:
+        path: The file.
+        needs: From `needs_of`.
+        detectors: From `load_detectors`: those that the images are seen by. None loads what is needed.
+
     Raises:
-        UserError: where it is no such file, lacks a detector, was made with a detector of other identity, or where
-            a metric needs more of the images than their statistics.
+        UserError: where it is no such file, lacks what a metric needs, or was made with a detector of other identity
+            (other weights, say).
         OSError: where it cannot be read.
     """
+    needs = list(needs)
     with TensorFile(path, KIND) as file:
         if file.header.get('kind') != KIND:
             raise UserError(f'{file.path} is not a {KIND} but a {file.header.get("kind", "file of unknown kind")}')
-        about = ImageSet(**{**file.header['images'], 'image_shape': tuple(file.header['images']['image_shape'])})
-        identities, collected = {}, {}
-        for need in needs:
-            if need.collector is not SplitStatistics:
-                raise UserError(
-                    f'{file.path} holds statistics only, and a metric needs the images themselves: '
-                    f'give the data set {about.name} instead'
-                )
-            if need.detector not in file.header['detectors']:
-                made_with = ', '.join(file.header['detectors'])
-                raise UserError(f'{file.path} has no statistics for {need.detector!r}, only for {made_with}')
-            identities[need.detector] = file.header['detectors'][need.detector]['identity']
-            _check_identity(file.path, need.detector, identities[need.detector])
-            collected[need] = _statistics(file, need.detector)
-    return Gathered(about, identities, collected, file.header['versions'])
+        try:
+            about = ImageSet(**{**file.header['images'], 'image_shape': tuple(file.header['images']['image_shape'])})
+            identities, versions = dict(file.header['detectors']), file.header['versions']
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f'{file.path} is a damaged {KIND}: {error}') from None
+        collected = {need: _read(file, need, about) for need in needs}
+    if detectors is None:
+        detectors = load_detectors(need.detector for need in needs)
+    problems = [
+        f'{path} was made with another detector: {identities[name]!r}, here it is {detectors[name].identity!r}; '
+        'make it again from its data set'
+        for name in dict.fromkeys(need.detector for need in needs)
+        if identities[name] != detectors[name].identity
+    ]
+    if problems:
+        raise UserError(problems)
+    used = {need.detector: identities[need.detector] for need in needs}
+    return Gathered(about, used, collected, versions)
 
 
-def _check_identity(path: str, detector: str, identity: str) -> None:
-    """Refuse features of a detector that only shares the name of ours."""
-    ours = load_detector(detector).identity
-    if identity != ours:
+def _read(file: TensorFile, need: Need, about: ImageSet):
+    prefix = f'{need.detector}/{need.collector.kind}/'
+    names = [name for name in file.names if name.startswith(prefix)]
+    if not names:
+        holds = ', '.join(sorted({'/'.join(name.split('/')[:2]) for name in file.names}))
         raise UserError(
-            f'{path} was made with another detector: {identity!r}, here it is {ours!r}; make it again from its data set'
+            f'{file.path} has no {prefix[:-1]}, only {holds}: make it with ref --metrics=..., or give the data set '
+            f'{about.name} instead'
         )
-
-
-def _statistics(file: TensorFile, detector: str) -> SplitStatistics:
-    split = SplitStatistics(0, 0)
-    for half in HALVES:
-        statistics = FeatureStatistics(0)
-        statistics.mean = file.get(f'{detector}.{half}.mean')
-        statistics.scatter = file.get(f'{detector}.{half}.scatter')
-        statistics.count = file.header['detectors'][detector]['counts'][half]
-        setattr(split, half, statistics)
-    return split
+    try:
+        return need.collector.from_tensors({name.removeprefix(prefix): file.get(name) for name in names})
+    except KeyError as error:
+        raise UserError(f'{file.path} is a damaged {KIND}: it lacks {prefix}{error.args[0]}') from None

@@ -64,3 +64,14 @@ class FeatureStatistics:
         """The unbiased covariance S / (n - 1): float64 [F, F]; at least two vectors must have been seen."""
         assert self.count >= 2, f'no covariance of {self.count} vectors'
         return self.scatter / (self.count - 1)
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """`mean` [F], `scatter` [F, F] = covariance * (count - 1), `count`."""
+        return {'mean': self.mean, 'scatter': self.scatter, 'count': torch.tensor(self.count)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> 'FeatureStatistics':
+        """The inverse of `to_tensors`."""
+        made = cls(0)
+        made.mean, made.scatter, made.count = tensors['mean'], tensors['scatter'], int(tensors['count'])
+        return made

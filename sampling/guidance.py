@@ -1,19 +1,50 @@
 """Guidance as a wrapper: denoisers in, denoiser out."""
 
+import math
+
 import torch
 
 from sampling.samplers import Denoise
 
 
-def guide(denoise: Denoise, weaker: Denoise, weight: float) -> Denoise:
-    """D_weaker + weight (D - D_weaker): classifier-free guidance with an unconditional `weaker`, or autoguidance.
+class Guided:
+    """D_weaker + weight (D - D_weaker) at noise levels in (low, high], elsewhere D.
 
-    With weight 1 it is `denoise` itself, and `weaker` is never evaluated.
+    Where it is D, `weaker` is not evaluated. A sampler asks `of_step` once for each step, so that the interval is
+    snapped to steps: all evaluations of a step are guided or none (as in the guidance interval's paper).
+
+    Args:
+        denoise: D, the main denoiser.
+        weaker: D_weaker, the guiding one.
+        weight: w; 1 gives D.
+        interval: (low, high] of sigma.
     """
-    if weight == 1:
-        return denoise
 
-    def guided(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return weaker(x, sigma).lerp(denoise(x, sigma), weight)
+    def __init__(self, denoise: Denoise, weaker: Denoise, weight: float, interval: tuple[float, float]):
+        self.denoise = denoise
+        self.weaker = weaker
+        self.weight = weight
+        self.interval = interval
 
-    return guided
+    def of_step(self, sigma: float) -> Denoise:
+        """The denoiser for all evaluations of a step that begins at `sigma`."""
+        low, high = self.interval
+        return self._extrapolate if low < sigma <= high else self.denoise
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """D_w(x; sigma), [N, C, H, W]; sigma scalar."""
+        return self.of_step(float(sigma))(x, sigma)
+
+    def _extrapolate(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        # Not lerp: what it rounds depends on where in a batch an image stands.
+        weaker = self.weaker(x, sigma)
+        return weaker + self.weight * (self.denoise(x, sigma) - weaker)
+
+
+def guide(denoise: Denoise, weaker: Denoise, weight: float, interval: tuple[float, float] = (0.0, math.inf)) -> Denoise:
+    """Guide `denoise` by `weaker`: classifier-free guidance with an unconditional `weaker`, or autoguidance.
+
+    D_weaker + weight (D - D_weaker) for sigma in (interval[0], interval[1]], elsewhere D. With weight 1 it is `denoise`
+    itself, and `weaker` is never evaluated.
+    """
+    return denoise if weight == 1 else Guided(denoise, weaker, weight, interval)

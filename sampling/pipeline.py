@@ -1,6 +1,7 @@
 """Seeds to images: every image depends on its own seed alone."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import torch
 
 from diffusion.noise import edm_sigmas
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, unknown_choice
+from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
-from networks.encoders import decode_pixels
+from networks.encoders import Encoder, PixelEncoder
+from sampling.evaluation import Portions, evaluating, one_thread
 from sampling.guidance import guide
-from sampling.samplers import Churn, heun
+from sampling.samplers import SAMPLERS, Churn, Denoise, Observe, get_sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,8 @@ class SamplerConfig:
         sigma_min, sigma_max, rho: Spacing of the noise levels (EDM eq. 5).
         guidance: Weight of the main network against the guiding one; 1 is no guidance.
         churn: Stochasticity (EDM algorithm 2).
+        name: Of the sampler, a row of `sampling.samplers.SAMPLERS`.
+        guidance_interval: Noise levels (low, high] at which there is guidance.
     """
 
     steps: int = 32
@@ -32,11 +37,18 @@ class SamplerConfig:
     rho: float = 7.0
     guidance: float = 1.0
     churn: Churn = dataclasses.field(default_factory=Churn)
+    name: str = 'heun'
+    guidance_interval: tuple[float, float] = (0.0, math.inf)
+
+    def sigmas(self) -> torch.Tensor:
+        """The noise levels, float64 [steps + 1], the last one 0."""
+        return edm_sigmas(self.steps, self.sigma_min, self.sigma_max, self.rho)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values, for the record beside the images; an infinite bound becomes None."""
         values = dataclasses.asdict(self)
         values['churn'] = {name: v if math.isfinite(v) else None for name, v in values['churn'].items()}
+        values['guidance_interval'] = [v if math.isfinite(v) else None for v in self.guidance_interval]
         return values
 
     def check(self) -> 'SamplerConfig':
@@ -50,15 +62,39 @@ class SamplerConfig:
             for name in ('sigma_min', 'sigma_max', 'rho', 'guidance')
             if not math.isfinite(getattr(self, name))
         ]
+        if self.name not in SAMPLERS:
+            found.append(unknown_choice('sampler', self.name, SAMPLERS))
+        elif self.churn.S_churn > 0 and not SAMPLERS[self.name].takes_churn:
+            able = ' and '.join(name for name, sampler in SAMPLERS.items() if sampler.takes_churn)
+            found.append(f'the sampler {self.name} takes no churn; {able} do')
         if self.steps < 1:
             found.append(f'steps must be at least 1, not {self.steps}')
         if not 0 < self.sigma_min < self.sigma_max:
             found.append(f'0 < sigma_min < sigma_max is needed, not {self.sigma_min} and {self.sigma_max}')
         if self.rho <= 0:
             found.append(f'rho must be positive, not {self.rho}')
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+            given = ','.join(f'{v:g}' for v in self.guidance_interval)
+            found.append(f'the guidance interval must be LO,HI with 0 <= LO < HI, not {given}')
+        found += self.churn.problems()
         if found:
             raise UserError(found)
         return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What a sampler made, not yet decoded.
+
+    Args:
+        seeds: One per image.
+        labels: Class of each image, int64 [N] on the CPU; None for an unconditional network.
+        x: float32 [N, C, H, W] on the network's device.
+    """
+
+    seeds: list[int]
+    labels: torch.Tensor | None
+    x: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +112,67 @@ class Batch:
     images: torch.Tensor
 
 
+class Streams:
+    """The random numbers of some images: a generator each, on the CPU, so that an image depends on its seed alone.
+
+    A seed gives the latent first, then the class, then the noise of every step, in EDM's order. The class is drawn also
+    where another one is asked for: noise does not depend on that. (A generator for each image means a call for each.)
+
+    Args:
+        seeds: One per image.
+        config: Of the network; gives shape and number of classes.
+    """
+
+    def __init__(self, seeds: Sequence[int], config: NetworkConfig):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape = (config.img_channels, *config.img_resolution)
+        self.latents = self.normal()
+        self.drawn = torch.zeros(len(seeds), dtype=torch.int64)
+        if config.label_dim:
+            self.drawn = torch.cat([torch.randint(config.label_dim, (1,), generator=g) for g in self.generators])
+
+    def normal(self) -> torch.Tensor:
+        """Fresh noise, float32 [N, C, H, W]."""
+        noise = torch.empty(len(self.generators), *self.shape)
+        for row, generator in zip(noise, self.generators, strict=True):
+            torch.randn(self.shape, generator=generator, out=row)
+        return noise
+
+
+def sample(
+    net: Denoiser,
+    seeds: Sequence[int],
+    config: SamplerConfig,
+    guiding_net: Denoiser | None = None,
+    classes: Sequence[int] | None = None,
+    batch_size: int = 64,
+) -> Iterator[Samples]:
+    """Sample for one seed after the other, in batches, and leave the decoding to the caller.
+
+    Args:
+        net: In evaluation mode; its device is where sampling runs.
+        seeds: One per image.
+        config: How.
+        guiding_net: For `config.guidance` other than 1: an unconditional network (classifier-free guidance), a weaker
+            one (autoguidance), or `net` itself, which then guides with its labels dropped.
+        classes: Classes to cycle through: seed k gets classes[k mod len(classes)]. None draws each image's class
+            from its seed.
+        batch_size: Images at a time.
+
+    Yields:
+        Samples in the order of the seeds.
+
+    Raises:
+        UserError: where these do not fit each other, or x is not finite (features that overflow in 16 bits).
+    """
+    config = config.check()
+    check_fit(net, guiding_net, config, classes)
+    nets = [net] if guiding_net is None else [net, guiding_net]
+    with evaluating(nets, min(batch_size, len(seeds))) as portions:
+        for start in range(0, len(seeds), batch_size):
+            yield _sample_batch(portions, list(seeds[start : start + batch_size]), config, classes)
+
+
 def generate(
     net: Denoiser,
     seeds: Sequence[int],
@@ -83,60 +180,122 @@ def generate(
     guiding_net: Denoiser | None = None,
     classes: Sequence[int] | None = None,
     batch_size: int = 64,
+    encoder: Encoder | None = None,
 ) -> Iterator[Batch]:
     """Generate one image per seed.
 
-    A seed's generator gives the latent first, then the label, then the churn noise, so that an image does not
-    depend on the others of its batch.
-
     Args:
-        net: In evaluation mode; its device is where sampling runs.
-        seeds: One per image.
-        config: How.
-        guiding_net: For `config.guidance` other than 1.
-        classes: Classes to cycle through: seed k gets classes[k mod len(classes)]. None draws each image's class
-            from its seed.
-        batch_size: Images at a time.
+        net, seeds, config, guiding_net, classes, batch_size: As for `sample`.
+        encoder: Makes images of samples; None is for networks of images (`rgb`).
 
     Yields:
         Batches in the order of the seeds.
+
+    Raises:
+        UserError: as `sample`.
+    """
+    for samples in sample(net, seeds, config, guiding_net, classes, batch_size):
+        yield Batch(samples.seeds, samples.labels, decode(samples.x, encoder))
+
+
+def decode(x: torch.Tensor, encoder: Encoder | None = None) -> torch.Tensor:
+    """Samples [N, C, H, W] -> uint8 images on the CPU, the same bits whatever the number of threads."""
+    with one_thread():
+        return (encoder or PixelEncoder()).decode(x).cpu()
+
+
+def trajectory(
+    net: Denoiser,
+    seeds: Sequence[int],
+    config: SamplerConfig,
+    guiding_net: Denoiser | None = None,
+    classes: Sequence[int] | None = None,
+    encoder: Encoder | None = None,
+) -> torch.Tensor:
+    """The denoised estimate D(x; sigma) at the beginning of every step; that of the last step is the image.
+
+    Args:
+        net, seeds, config, guiding_net, classes, encoder: As for `generate`; all seeds are one batch.
+
+    Returns:
+        uint8 [steps, N, C, H, W].
     """
     config = config.check()
     check_fit(net, guiding_net, config, classes)
-    sigmas = edm_sigmas(config.steps, config.sigma_min, config.sigma_max, config.rho)
-    for start in range(0, len(seeds), batch_size):
-        chosen = list(seeds[start : start + batch_size])
-        streams = [torch.Generator().manual_seed(seed) for seed in chosen]
-        yield _generate_batch(net, guiding_net, chosen, streams, sigmas, config, classes)
+    frames = []
+    with evaluating([net] if guiding_net is None else [net, guiding_net], len(seeds)) as portions:
+        samples = _sample_batch(
+            portions, list(seeds), config, classes, lambda i, sigma, D: frames.append(decode(D, encoder))
+        )
+    return torch.stack([*frames[:-1], decode(samples.x, encoder)])
+
+
+def count_evaluations(config: SamplerConfig) -> tuple[int, int]:
+    """Evaluations per image of the main and of the guiding network, counted on a trajectory of nothing."""
+    counts = [0, 0]
+
+    def counted(which: int, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        counts[which] += 1
+        return x
+
+    denoise = guide(
+        functools.partial(counted, 0), functools.partial(counted, 1), config.guidance, config.guidance_interval
+    )
+    get_sampler(config.name).solve(denoise, torch.zeros(1), config.sigmas(), torch.zeros_like, config.churn)
+    return counts[0], counts[1]
 
 
 @torch.inference_mode()
-def _generate_batch(net, guiding_net, seeds, streams, sigmas, config, classes) -> Batch:
-    device = net.device
-    shape = (net.config.img_channels, *net.config.img_resolution)
-    latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(device)
-    labels = _labels(net.config.label_dim, seeds, streams, classes)
-    one_hot = None if labels is None else torch.nn.functional.one_hot(labels, net.config.label_dim).float().to(device)
+def _sample_batch(
+    portions: list[Portions],
+    seeds: list[int],
+    config: SamplerConfig,
+    classes: Sequence[int] | None,
+    observe: Observe | None = None,
+) -> Samples:
+    net = portions[0].net
+    streams = Streams(seeds, net.config)
+    labels = choose_labels(net.config, seeds, streams, classes)
+    one_hot = None if labels is None else torch.nn.functional.one_hot(labels, net.config.label_dim)
+    one_hot = None if one_hot is None else one_hot.float().to(net.device)
+    x = get_sampler(config.name).solve(
+        _guided(portions, one_hot, config),
+        streams.latents.to(net.device) * config.sigma_max,
+        config.sigmas(),
+        lambda x: streams.normal().to(x),
+        config.churn,
+        observe,
+    )
+    if not torch.isfinite(x).all():
+        raise UserError(f'images of seeds {seeds[0]}... are not finite; with --precision=fp16, try bf16 or fp32')
+    return Samples(seeds, labels, x)
 
-    def denoise(x, sigma):
-        return net(x, sigma, one_hot)
 
-    if guiding_net is not None:
-        guiding_labels = one_hot if guiding_net.config.label_dim else None
-        denoise = guide(denoise, lambda x, sigma: guiding_net(x, sigma, guiding_labels), config.guidance)
-
-    def noise(x):
-        return torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(x)
-
-    x = heun(denoise, latents * config.sigma_max, sigmas, noise, config.churn)
-    return Batch(seeds, labels, decode_pixels(x).cpu())
+def _guided(portions: list[Portions], one_hot: torch.Tensor | None, config: SamplerConfig) -> Denoise:
+    """The denoiser of a batch."""
+    main, *guides = portions
+    denoise = functools.partial(main, labels=one_hot)
+    if not guides:
+        return denoise
+    labels = None if guides[0].net is main.net or not guides[0].net.config.label_dim else one_hot
+    return guide(denoise, functools.partial(guides[0], labels=labels), config.guidance, config.guidance_interval)
 
 
-def _labels(label_dim: int, seeds, streams, classes: Sequence[int] | None) -> torch.Tensor | None:
-    if not label_dim:
+def choose_labels(
+    config: NetworkConfig, seeds: Sequence[int], streams: Streams | None, classes: Sequence[int] | None
+) -> torch.Tensor | None:
+    """Class of each seed, int64 [N]: cycled through `classes`, or drawn; None for an unconditional network.
+
+    Args:
+        config: Of the network.
+        seeds: One per image.
+        streams: Of these seeds, where they have been made already.
+        classes: As for `sample`.
+    """
+    if not config.label_dim:
         return None
     if classes is None:
-        return torch.cat([torch.randint(label_dim, (1,), generator=stream) for stream in streams])
+        return (streams or Streams(seeds, config)).drawn
     return torch.tensor([classes[seed % len(classes)] for seed in seeds])
 
 
@@ -150,12 +309,14 @@ def check_fit(
     """
     found, label_dim = [], net.config.label_dim
     if config.guidance != 1 and guiding_net is None:
-        found.append('guidance other than 1 needs a guiding network: --gnet=FILE')
+        found.append('guidance other than 1 needs a guiding network: --gnet=FILE, or --gnet=self to drop the labels')
     if classes is not None and not label_dim:
         found.append('the network is unconditional and takes no class')
     elif classes is not None and not all(0 <= c < label_dim for c in classes):
         found.append(f'classes must be between 0 and {label_dim - 1}, not {max(classes)}')
-    if guiding_net is not None:
+    if guiding_net is net and not label_dim:
+        found.append('the network is unconditional: it has no labels to drop, and cannot guide itself')
+    elif guiding_net is not None:
         ours, theirs = ((c.img_channels, *c.img_resolution) for c in (net.config, guiding_net.config))
         if ours != theirs:
             found.append(f'the guiding network makes images of shape {theirs}, the main network {ours}')

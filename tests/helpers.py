@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from metrics.inception import InceptionV3
 from torch_utils.tensor_files import TensorFile
 from training.state import state_files
 
@@ -36,3 +37,23 @@ def state_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest training state of a run folder."""
     with TensorFile(state_files(folder)[-1], 'training state') as file:
         return dict(file.items())
+
+
+def random_inception(path: Path, seed: int = 0) -> Path:
+    """Write a state dict in the layout of the public Inception weights, random but of sensible scale (2 / fan-in)."""
+    with torch.device('meta'):
+        net = InceptionV3()
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, tensor in net.state_dict().items():
+        if tensor.ndim > 1:
+            scale = (2 / tensor[0].numel()) ** 0.5
+            weights[name] = torch.randn(tensor.shape, generator=generator) * scale
+        elif name.endswith(('bn.weight', 'running_var')):
+            weights[name] = torch.rand(tensor.shape, generator=generator) + 0.5
+        elif name.endswith('num_batches_tracked'):
+            weights[name] = torch.tensor(0)
+        else:
+            weights[name] = 0.1 * torch.randn(tensor.shape, generator=generator)
+    torch.save(weights, path)
+    return path

@@ -1,5 +1,6 @@
 """calculate_metrics.py from its command line, in one process and in two."""
 
+import hashlib
 import json
 import os
 import socket
@@ -14,7 +15,14 @@ import pytest
 import torch
 
 import calculate_metrics
+import metrics.inception
 from dnnlib import cli
+from metrics.detectors import PixelDetector
+from networks.config import NetworkConfig
+from networks.denoiser import Denoiser
+from networks.files import NetworkInfo, load_network, save_network
+from sampling.pipeline import SamplerConfig, generate
+from tests.helpers import random_inception
 from torch_utils.tensor_files import TensorFile, save_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +52,11 @@ def data(tmp_path_factory) -> Path:
     write_images(folder / 'bare', images[400:410])
     write_images(folder / 'single', images[:1], labels[:1])
     write_images(folder / 'colour', np.zeros((5, 8, 8, 3), np.uint8))
+    (folder / 'empty').mkdir()
+    write_images(folder / 'broken', images[:6])
+    (folder / 'broken/000003.png').write_bytes(b'no picture')
+    write_images(folder / 'mixed', images[:6])
+    PIL.Image.fromarray(np.zeros((8, 9), np.uint8)).save(folder / 'mixed/000002.png')
     with zipfile.ZipFile(folder / 'real.zip', 'w') as archive:
         for path in (folder / 'real').iterdir():
             archive.write(path, path.name)
@@ -75,11 +88,11 @@ def test_all_metrics_of_an_archive(run, tmp_path):
     assert all('N=100, reference N=300' in line for line in (first, second))
     assert err.count('\n') == 1 and '100 images of made and 300 images of real' in err
     written = json.loads(path.read_text())
-    assert set(written) == {'metrics', 'detectors', 'warnings', 'images', 'reference', 'versions'}
+    assert set(written) == {'metrics', 'detectors', 'warnings', 'images', 'reference', 'run'}
     assert f'{written["metrics"]["fd_pixels"]["value"]:.5f}' in second
     assert written['metrics']['class_agreement']['value'] > 0.8
     assert written['images']['count'] == 100 and written['images']['path'] == 'made'
-    assert written['reference']['name'] == 'real' and written['reference']['versions'] == written['versions']
+    assert written['reference']['name'] == 'real' and written['reference']['versions'] == written['run']['versions']
     assert written['reference']['image_shape'] == [1, 8, 8]
     assert len(written['warnings']) == 1
 
@@ -89,7 +102,7 @@ def test_reference_file_and_archive_give_the_same(run, tmp_path):
     code, out, err = run('ref', '--data=real', f'--dest={reference}')
     assert (code, err) == (0, '') and '300 images of real' in out
     header = TensorFile(reference).header
-    assert header['images']['count'] == 300 and header['detectors']['pixels']['counts'] == {'even': 150, 'odd': 150}
+    assert header['images']['count'] == 300 and header['detectors'] == {'pixels': PixelDetector.identity}
     numbers = []
     for ref in (reference, 'real', 'real.zip'):
         assert run('calc', '--images=made', f'--ref={ref}', f'--json={tmp_path / "out.json"}')[0] == 0
@@ -108,7 +121,6 @@ def test_batch_size_does_not_matter(run, tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'problem'),
     [
-        ('calc --images=made', "Missing option '--ref'"),
         ('calc --images=absent --ref=real', 'absent'),
         ('calc --images=made --ref=absent', 'absent'),
         ('calc --images=made --ref=absent.safetensors', 'absent.safetensors'),
@@ -119,12 +131,23 @@ def test_batch_size_does_not_matter(run, tmp_path):
         ('calc --images=made --ref=single', 'single has 1 image'),
         ('calc --images=bare --ref=real --metrics=class_agreement', 'class_agreement needs labels, and bare has none'),
         ('calc --images=made --ref=bare --metrics=class_agreement', 'class_agreement needs labels, and bare has none'),
-        ('calc --images=made --ref=REF --metrics=class_agreement', 'give the data set real instead'),
+        ('calc --images=made --ref=REF --metrics=class_agreement', 'no pixels/labelled, only pixels/halves: make it'),
         ('calc --images=colour --ref=REF', 'colour are 3x8x8'),
         ('calc --images=made --ref=NET', 'is not a metric reference'),
         ('calc --images=made --ref=TEXT', 'is not a metric reference'),
         ('calc --images=made --ref=REF --json=.', 'is a directory'),
         ('calc --images=made --ref=REF --json=TEXT/out.json', 'text.safetensors'),
+        ('calc --images=made --ref=REF --log=TEXT/out.jsonl', 'text.safetensors'),
+        ('calc --images=made', 'fd_pixels needs a reference: --ref=FILE|DATASET'),
+        ('calc --images=made --ref=REF --repeats=3', 'made has 100 images, which 3 repeats do not divide evenly'),
+        ('calc --images=empty --ref=REF', 'empty holds no images'),
+        ('calc --images=mixed --ref=REF', '000002.png is 9x8 grayscale, but 000000.png is 8x8 grayscale'),
+        ('calc --images=broken --ref=REF', '000003.png is damaged'),
+        ('calc --images=TEXT.npz --ref=REF', 'text.safetensors.npz'),
+        ('compare made single', 'single has 1 image'),
+        ('compare made', "Missing argument 'B'"),
+        ('calc --images=made --ref=REF --device=tpu9', "unknown device 'tpu9'"),
+        ('ref --data=real --dest=DIR/new.safetensors --metrics=is', 'is needs no reference'),
         ('ref --data=real --dest=DIR/ref.npz', 'must end in .safetensors'),
         ('ref --data=single --dest=DIR/new.safetensors', 'at least 4 are needed'),
         ('ref --data=absent --dest=DIR/new.safetensors', 'absent'),
@@ -147,11 +170,9 @@ def test_mistakes_get_one_line_and_leave_nothing(run, tmp_path, arguments, probl
 
 
 def test_unreadable_image_in_the_middle_leaves_nothing(run, data, tmp_path):
-    broken = write_images(tmp_path / 'broken', np.zeros((6, 8, 8), np.uint8))
-    (broken / '000003.png').write_bytes(b'no picture')
-    code, out, err = run('ref', f'--data={broken}', f'--dest={tmp_path / "ref.safetensors"}')
+    code, out, err = run('ref', '--data=broken', f'--dest={tmp_path / "ref.safetensors"}')
     assert (code, out, err.count('\n')) == (2, '', 1) and '000003.png' in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['broken']
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_has_an_example(run):
@@ -267,4 +288,199 @@ def test_two_ranks_print_once_what_one_rank_prints(run, data, tmp_path):
     values = [results['metrics']['fd_pixels'].pop('value') for results in written]
     halves = [results['metrics']['fd_pixels'].pop('real_halves') for results in written]
     assert values[0] == pytest.approx(values[1], rel=1e-9) and halves[0] == pytest.approx(halves[1], rel=1e-9)
+    for results in written:
+        assert results.pop('run')['device'] == 'cpu'
     assert written[0] == written[1]
+
+
+RANKS = """
+import json, multiprocessing, sys, torch
+from metrics.collectors import ClassScores, FeatureSample, Statistics
+from metrics.gathering import Batch, ImageSet, Need, gather
+from metrics.reading import batch_range
+from metrics.registry import METRICS, evaluate
+from torch_utils import distributed
+
+torch.set_num_threads(1)
+images = torch.randint(0, 256, (2, 13, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+images[1, 5] = images[1, 12]
+
+class Detector:
+    identity, published = 'exponentials', True
+    def num_features(self, shape):
+        return 4
+    def __call__(self, images):
+        return (images.flatten(1).float() / 255).exp() + 1e4
+    def logits(self, features):
+        return features - 1e4
+
+def work(rank, size, folder):
+    if size > 1:
+        torch.distributed.init_process_group('gloo', f'file://{folder}/store{size}', rank=rank, world_size=size)
+    chosen = {name: METRICS[name] for name in ('fid', 'kid', 'is', 'precision_recall')}
+    needs = {metric.need for metric in chosen.values()}
+    def read(which):
+        for k in batch_range(13, 2):
+            i = torch.arange(2 * k, min(2 * k + 2, 13))
+            yield Batch(images[which][i], None, i)
+    sets = [gather(ImageSet('x', 13, (1, 2, 2), 0), read(k), sorted(needs, key=str), 'cpu', {'inception': Detector()})
+            for k in (0, 1)]
+    if rank == 0:
+        found = {**evaluate(chosen, *sets), 'duplicates': sets[1].duplicates}
+        json.dump(found, open(f'{folder}/{size}.json', 'w'))
+    distributed.close()
+
+fork = multiprocessing.get_context('fork')
+for size in (1, 2, 8):
+    processes = [fork.Process(target=work, args=(rank, size, sys.argv[1])) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+"""
+
+
+def test_1_2_and_8_ranks_agree(tmp_path):
+    """13 images in 7 batches: of 8 ranks one has nothing to do."""
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    subprocess.run([sys.executable, '-c', RANKS, str(tmp_path)], env=environment, check=True, timeout=100)
+    one, two, eight = (json.loads((tmp_path / f'{size}.json').read_text()) for size in (1, 2, 8))
+    assert one['duplicates'] == two['duplicates'] == eight['duplicates'] == 1
+    for name, numbers in one['metrics'].items():
+        for figure, value in numbers.items():
+            for other in (two, eight):
+                found = other['metrics'][name][figure]
+                assert found == (value if value is None else pytest.approx(value, rel=1e-9)), (name, figure)
+    assert one['metrics']['fid']['value'] > 1e-3 and one['metrics']['is']['value'] > 1
+
+
+# ---- with a weights file ----
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory) -> Path:
+    return random_inception(tmp_path_factory.mktemp('weights') / 'random.pth')
+
+
+@pytest.fixture
+def inception(weights, monkeypatch):
+    """Random weights stand for the published ones."""
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    monkeypatch.setattr(metrics.inception, 'PUBLISHED', digest[:8])
+    monkeypatch.setenv('EDM2PLUS_INCEPTION', str(weights))
+    return digest
+
+
+ALL = '--metrics=fid,kid,is,precision_recall'
+
+
+def test_all_inception_metrics_in_one_pass(run, data, tmp_path, inception, monkeypatch):
+    passes = []
+    call = metrics.inception.InceptionDetector.__call__
+
+    def counted(self, images):
+        passes.append(len(images))
+        return call(self, images)
+
+    monkeypatch.setattr(metrics.inception.InceptionDetector, '__call__', counted)
+    for name, first in (('A', 'made'), ('B', 'real')):
+        pixels = np.stack([np.asarray(PIL.Image.open(data / first / f'{i:06d}.png')) for i in range(8)])
+        write_images(tmp_path / name, pixels)
+    np.savez(tmp_path / 'B.npz', pixels[..., None])
+    log, ref = tmp_path / 'log.jsonl', tmp_path / 'ref.safetensors'
+    (tmp_path / 'A/generation.json').write_text(json.dumps({'seeds': [0, 1, 2], 'sampler': {'steps': 5}}))
+
+    assert run('ref', f'--data={tmp_path / "B"}', f'--dest={ref}', ALL)[0] == 0
+    assert TensorFile(ref).header['detectors']['inception'].endswith(inception)
+    code, out, err = run('calc', f'--images={tmp_path / "A"}', f'--ref={ref}', ALL, f'--log={log}')
+    assert code == 0 and sum(passes) == 16, err
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == ['fid', 'kid', 'is', 'precision_recall']
+    assert all('N=8' in line for line in lines) and 'reference' not in lines[2] and 'N=8, reference N=8' in lines[0]
+    # the same images as an array
+    assert run('compare', str(tmp_path / 'B.npz'), str(tmp_path / 'A'), ALL, f'--log={log}')[0] == 0
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    values = [{name: numbers['value'] for name, numbers in record['metrics'].items()} for record in records]
+    assert values[0] == values[1] and values[0]['fid'] > 1e-3
+    assert records[0]['images']['generation'] == {'seeds': '0-2', 'sampler': {'steps': 5}}
+    assert records[0]['detectors']['inception'].endswith(inception)
+    assert records[0]['run']['command'].startswith('calculate_metrics.py calc --images=')
+    assert records[0]['reference']['sha256'] == hashlib.sha256(ref.read_bytes()).hexdigest()
+    assert not any('weights' in warning for warning in records[0]['warnings'])
+
+
+def test_reference_of_other_weights_is_refused(run, data, tmp_path, inception, monkeypatch):
+    small = write_images(tmp_path / 'small', np.random.default_rng(0).integers(0, 256, (4, 8, 8), np.uint8))
+    ref, other = tmp_path / 'ref.safetensors', random_inception(tmp_path / 'other.pth', seed=1)
+    assert run('ref', f'--data={small}', f'--dest={ref}', '--metrics=fid')[0] == 0
+    measure = ('calc', f'--images={small}', f'--ref={ref}', '--metrics=fid', f'--inception={other}')
+    code, out, err = run(*measure)
+    assert (code, out, err.count('\n')) == (2, '', 1) and '--any-weights' in err
+    code, out, err = run(*measure, '--any-weights')
+    assert (code, out, err.count('\n')) == (2, '', 1)
+    assert 'was made with another detector' in err and inception in err
+    np.savez(tmp_path / 'ref.npz', mu=np.zeros(2048), sigma=np.eye(2048))
+    code, out, err = run('calc', f'--images={small}', f'--ref={tmp_path / "ref.npz"}', *measure[3:], '--any-weights')
+    assert (code, out, err.count('\n')) == (2, '', 1) and 'made with the published weights of inception' in err
+
+
+# ---- repeats, networks ----
+
+
+def test_repeats_of_stored_images(run, tmp_path):
+    path = tmp_path / 'out.json'
+    code, out, _ = run(
+        'calc', '--images=made', '--ref=real', '--repeats=2', f'--json={path}', f'--log={tmp_path / "l"}'
+    )
+    record = json.loads(path.read_text())
+    values = [numbers['fd_pixels']['value'] for numbers in record['runs']]
+    summary = record['summary']['fd_pixels']['value']
+    assert code == 0 and len(out.splitlines()) == 3 and 'N=50 x 2' in out and values[0] != values[1]
+    assert (summary['min'], summary['max']) == (min(values), max(values))
+    assert summary['mean'] == pytest.approx(sum(values) / 2) and 'metrics' not in record
+
+
+@pytest.fixture(scope='module')
+def network(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp('net') / 'net.safetensors'
+    config = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Denoiser(config)
+    save_network(path, net.state_dict(), NetworkInfo(config, 0, None, 'none'))
+    return path
+
+
+def test_generated_images_are_those_of_generate(run, network, tmp_path):
+    """Two repeats, against generate.py's images of the same seeds."""
+    how = [f'--net={network}', '--steps=2', '--sampler=euler', '--class=0-9', '--device=cpu']
+    path = tmp_path / 'out.json'
+    seeds = ['--seeds=0-19', '--repeats=2', '--batch=8']
+    code, out, err = run('gen', *how, *seeds, '--ref=real', f'--json={path}', f'--log={tmp_path / "log"}')
+    assert code == 0, err
+    record = json.loads(path.read_text())
+    assert record['images']['seeds'] == ['0-19', '20-39'] and 'N=20 x 2' in out
+    assert record['images']['net']['sha256'] == hashlib.sha256(network.read_bytes()).hexdigest()
+    assert record['images']['sampler']['name'] == 'euler' and record['images']['classes'] == list(range(10))
+    config = SamplerConfig(name='euler', steps=2)
+    net = load_network(network)[0]
+    for numbers, seeds in zip(record['runs'], (range(20), range(20, 40)), strict=True):
+        images = torch.cat([batch.images for batch in generate(net, seeds, config, classes=range(10), batch_size=20)])
+        folder = write_images(tmp_path / f'{seeds[0]}', images[:, 0].numpy())
+        assert run('calc', f'--images={folder}', '--ref=real', f'--json={path}', f'--log={tmp_path / "log"}')[0] == 0
+        stored = json.loads(path.read_text())['metrics']['fd_pixels']['value']
+        assert numbers['fd_pixels']['value'] == pytest.approx(stored, rel=1e-9)
+
+
+def test_mistakes_about_networks(run, network, tmp_path):
+    for arguments, problem in (
+        (['--class=10'], 'classes must be between 0 and 9'),
+        (['--guidance=2'], 'guiding network'),
+        (['--sampler=hean'], 'heun'),
+        (['--ref=colour'], 'net.safetensors are 1x8x8'),
+        (['--seeds=0'], 'net.safetensors has 1 image(s)'),
+        (['--device=cuda:99'], 'cuda:99'),
+    ):
+        code, out, err = run('gen', f'--net={network}', '--ref=real', *arguments)
+        assert (code, out, err.count('\n')) == (2, '', 1) and problem in err

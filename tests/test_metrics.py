@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 import metrics.detectors
 from dnnlib.errors import UserError
 from metrics.class_agreement import class_agreement, require_sklearn
+from metrics.collectors import LabelledFeatures, SplitStatistics, Statistics
 from metrics.detectors import PixelDetector, load_detector
 from metrics.frechet import frechet_distance
-from metrics.gathering import Batch, ImageSet, LabelledFeatures, Need, SplitStatistics, gather
+from metrics.gathering import Batch, ImageSet, Need, gather
 from metrics.reference import load_reference, save_reference
 from metrics.registry import METRICS, check_sets, evaluate, format_result, needs_of, select_metrics
 from metrics.statistics import FeatureStatistics
@@ -291,6 +292,13 @@ def test_image_of_other_shape_is_refused():
         gather(about, stream, [PIXEL_STATISTICS], 'cpu')
 
 
+def test_latents_are_refused():
+    about = ImageSet('latents', 2, (4, 8, 8), 0)
+    stream = [Batch(torch.zeros(2, 4, 8, 8), None, torch.arange(2))]
+    with pytest.raises(UserError, match=r'latents holds 4x8x8 .* of float32; metrics need grayscale or RGB'):
+        gather(about, stream, [PIXEL_STATISTICS], 'cpu')
+
+
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_features_that_are_not_finite_name_their_image(monkeypatch, value):
     class Broken(PixelDetector):
@@ -299,7 +307,7 @@ def test_features_that_are_not_finite_name_their_image(monkeypatch, value):
             features[(images == 255).flatten(1).all(dim=1), 3] = value
             return features
 
-    monkeypatch.setitem(metrics.detectors.DETECTORS, 'broken', Broken)
+    monkeypatch.setitem(metrics.detectors.DETECTORS, 'broken', lambda device, options: Broken(device))
     images = random_images(1, 20)
     images[17] = 255
     with pytest.raises(UserError, match=r'image 17 of some .*not finite.*broken'):
@@ -401,16 +409,17 @@ def test_metrics_are_selected_once_in_order():
 
 
 def test_sets_that_cannot_be_compared_are_refused_with_all_reasons():
+    chosen = select_metrics(['fd_pixels', 'class_agreement'])
     real, images = ImageSet('real', 3, (1, 8, 8), 10), ImageSet('made', 1, (3, 8, 8), 0)
     with pytest.raises(UserError) as refusal:
-        check_sets(METRICS, real, images)
+        check_sets(chosen, real, images)
     reasons = refusal.value.problems
     assert len(reasons) == 4
     for reason, text in zip(
         reasons, ('made are 3x8x8', 'made has 1 image', 'real has 3 image', 'made has none'), strict=True
     ):
         assert text in reason
-    check_sets(METRICS, ImageSet('real', 4, (1, 8, 8), 10), ImageSet('made', 2, (1, 8, 8), 10))
+    check_sets(chosen, ImageSet('real', 4, (1, 8, 8), 10), ImageSet('made', 2, (1, 8, 8), 10))
 
 
 def evaluate_fd(real_images: torch.Tensor, images: torch.Tensor):
@@ -450,7 +459,7 @@ def test_equal_sets_are_at_distance_zero():
 
 
 def test_few_images_are_warned_about():
-    enough, few = random_images(1, 2048, (1, 2, 2)), random_images(2, 2047, (1, 2, 2))
+    enough, few = random_images(1, 2048, (1, 2, 4)), random_images(2, 2047, (1, 2, 4))
     assert evaluate_fd(enough, enough)['warnings'] == []
     (warning,) = evaluate_fd(enough, few)['warnings']
     assert '2047 images of made' in warning and 'biased' in warning and 'real' not in warning
@@ -488,9 +497,9 @@ def test_reference_of_another_detector_is_refused(reference_file, monkeypatch):
 
 def test_reference_without_what_a_metric_needs_is_refused(reference_file):
     path, _ = reference_file
-    with pytest.raises(UserError, match=r'no statistics for .inception., only for pixels'):
-        load_reference(path, [Need('inception', SplitStatistics)])
-    with pytest.raises(UserError, match=r'statistics only.*give the data set some'):
+    with pytest.raises(UserError, match=r'no inception/statistics, only pixels/halves'):
+        load_reference(path, [Need('inception', Statistics)])
+    with pytest.raises(UserError, match=r'no pixels/labelled.*give the data set some'):
         load_reference(path, [PIXEL_FEATURES])
 
 

@@ -1,0 +1,214 @@
+"""Metrics of features: KID, Inception score, precision and recall, against closed forms and plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metrics import collectors
+from metrics.collectors import ClassScores, FeatureSample, shuffled
+from metrics.image_sets import Batch
+from metrics.inception_score import inception_score
+from metrics.kid import kernel_distance, mmd2_unbiased
+from metrics.precision_recall import _distances2, precision_recall
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(features: torch.Tensor, size: int = 7) -> FeatureSample:
+    kept = FeatureSample(len(features), features.shape[1])
+    for places in torch.arange(len(features)).split(size):
+        kept.update(features[places].float(), Batch(torch.empty(0), None, places))
+    kept.all_reduce()
+    return kept
+
+
+# ---- which features are kept ----
+
+
+def test_a_small_set_is_kept_whole_whatever_the_batches():
+    features = normal(0, 40, 3)
+    one, other = sample(features, 40), sample(features, 3)
+    assert torch.equal(one.features, other.features) and one.count == other.count == 40
+    assert torch.equal(one.features.sort(dim=0).values, features.float().sort(dim=0).values)
+    assert not torch.equal(one.features, features.float())  # shuffled
+
+
+def test_of_a_large_set_a_random_part_is_kept(monkeypatch):
+    monkeypatch.setattr(collectors, 'MOST_FEATURES', 500)
+    places = sample(torch.arange(2000.0)[:, None])
+    assert places.features.shape == (500, 1) and places.count == 2000
+    assert len(places.features.unique()) == 500
+    # The mean of 500 of 0..1999, drawn without replacement, deviates by 577 / sqrt(500) * sqrt(3 / 4) = 22.
+    assert abs(places.features.mean() - 999.5) < 90
+    assert FeatureSample.memory(2000, 7) == 4 * 500 * 7
+
+
+def test_sample_survives_a_reference_file():
+    before = sample(normal(0, 5, 2))
+    after = FeatureSample.from_tensors(before.to_tensors())
+    assert torch.equal(before.features, after.features) and after.count == 5
+
+
+# ---- KID ----
+
+
+@settings(max_examples=20)
+@given(m=st.integers(2, 6), n=st.integers(2, 6), size=st.integers(1, 4), seed=st.integers(0, 100))
+def test_mmd_is_its_definition(m, n, size, seed):
+    x, y = normal(seed, m, size), normal(seed + 1, n, size) + 0.5
+
+    def kernel(a, b):
+        return (float(a @ b) / size + 1) ** 3
+
+    xx = np.mean([kernel(x[i], x[j]) for i in range(m) for j in range(m) if i != j])
+    yy = np.mean([kernel(y[i], y[j]) for i in range(n) for j in range(n) if i != j])
+    xy = np.mean([kernel(a, b) for a in x for b in y])
+    assert mmd2_unbiased(x, y) == pytest.approx(xx + yy - 2 * xy, rel=1e-10, abs=1e-10)
+
+
+def test_kid_of_two_points():
+    x, y = torch.full((20, 2), 1.0), torch.full((30, 2), 2.0)
+    # (1 + 1)^3 + (4 + 1)^3 - 2 (2 + 1)^3
+    result = kernel_distance(sample(x), sample(y))
+    assert result == {'value': pytest.approx(79), 'standard_error': pytest.approx(0), 'blocks': 10, 'block_size': 2}
+
+
+def test_kid_is_unbiased_and_its_standard_error_honest():
+    """Over 40 draws of equal distributions, the value is 0 within its errors."""
+    results = [kernel_distance(sample(normal(k, 400, 8)), sample(normal(k + 100, 400, 8))) for k in range(40)]
+    scores = torch.tensor([r['value'] / r['standard_error'] for r in results])
+    assert abs(scores.mean()) < 0.55  # of 40 unit deviations: 0.16 each side, and Student's tails
+    assert 0.7 < scores.std() < 1.5
+    shifted = kernel_distance(sample(normal(0, 400, 8)), sample(normal(1, 400, 8) + 0.5))
+    assert shifted['value'] > 10 * shifted['standard_error'] > 0
+    assert (shifted['blocks'], shifted['block_size']) == (10, 40)
+
+
+def test_blocks_of_kid_have_at_most_1000_images():
+    result = kernel_distance(sample(normal(0, 12_300, 1), 5000), sample(normal(1, 13_000, 1), 5000))
+    assert (result['blocks'], result['block_size']) == (12, 1000)
+    tiny = kernel_distance(sample(normal(0, 3, 1)), sample(normal(1, 3, 1)))
+    assert (tiny['blocks'], tiny['block_size'], tiny['standard_error']) == (1, 2, None)
+
+
+# ---- Inception score ----
+
+
+class Logits:
+    """A detector whose features are the logits."""
+
+    @staticmethod
+    def logits(features):
+        return features
+
+
+def scores(logits: torch.Tensor, size: int = 7) -> ClassScores:
+    kept = ClassScores(len(logits), logits.shape[1], 'cpu', Logits)
+    for places in torch.arange(len(logits)).split(size):
+        kept.update(logits[places], Batch(torch.empty(0), None, places))
+    kept.all_reduce()
+    assert kept.count == len(logits)
+    return kept
+
+
+def test_score_of_sure_and_balanced_images_is_the_number_of_classes():
+    # Parts of a random split are balanced to a few per cent only.
+    logits = 100 * torch.eye(5)[torch.arange(50_000) % 5]
+    result = inception_score(None, scores(logits, 5000))
+    assert result['value'] == pytest.approx(5, rel=1e-3) and result['splits'] == 10
+
+
+def test_score_of_images_of_one_class_is_one():
+    result = inception_score(None, scores(torch.tensor([[3.0, 1.0, 0.0]]).repeat(30, 1)))
+    assert result['value'] == pytest.approx(1, abs=1e-12) and result['std'] == pytest.approx(0, abs=1e-12)
+
+
+def test_score_is_its_definition():
+    logits = normal(0, 200, 6) * 3
+    split = shuffled(200, 'inception score').numpy() * 10 // 200
+    p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(axis=1, keepdims=True)
+    parts = [p[split == k] for k in range(10)]
+    expected = [np.exp(np.mean(np.sum(q * (np.log(q) - np.log(q.mean(axis=0))), axis=1))) for q in parts]
+    for size in (200, 7):
+        result = inception_score(None, scores(logits, size))
+        assert result['value'] == pytest.approx(np.mean(expected), rel=1e-12)
+        assert result['std'] == pytest.approx(np.std(expected), rel=1e-9)
+    assert [len(part) for part in parts] == [20] * 10
+
+
+def test_score_of_few_images():
+    assert inception_score(None, scores(normal(0, 2, 3)))['splits'] == 2
+    assert inception_score(None, scores(normal(0, 1, 3)))['std'] is None
+
+
+# ---- precision and recall ----
+
+
+def by_loops(real: torch.Tensor, images: torch.Tensor, k: int) -> tuple[float, float]:
+    def inside(x, centres):
+        count = 0
+        for a in x:
+            count += any(
+                (a - c).norm() <= sorted((c - other).norm() for j, other in enumerate(centres) if j != i)[k - 1]
+                for i, c in enumerate(centres)
+            )
+        return count / len(x)
+
+    return inside(images, real), inside(real, images)
+
+
+@settings(max_examples=15)
+@given(m=st.integers(4, 12), n=st.integers(4, 12), size=st.integers(1, 3), seed=st.integers(0, 100))
+def test_precision_and_recall_are_their_definition(m, n, size, seed):
+    real, images = normal(seed, m, size).float(), 1.5 * normal(seed + 1, n, size).float() + 0.5
+    result = precision_recall(sample(real), sample(images))
+    expected = by_loops(real.double(), images.double(), 3)
+    assert (result['precision'], result['recall']) == pytest.approx(expected)
+
+
+def test_precision_without_recall_by_hand():
+    real = torch.arange(10.0)[:, None]  # each reaches 2 to 3 to either side
+    images = torch.tensor([4.0, 4.1, 4.2, 4.3])[:, None]  # each reaches 0.2 to 0.3
+    result = precision_recall(sample(real), sample(images))
+    assert (result['precision'], result['recall']) == (1, 0.1)  # of the real ones only 4 is near
+    assert (result['neighbours'], result['real_used'], result['images_used']) == (3, 10, 4)
+
+
+def test_copies_lie_in_each_others_manifold_however_far_from_zero():
+    features = normal(0, 50, 6) + 1e3
+    result = precision_recall(sample(features), sample(features))
+    assert (result['precision'], result['recall']) == (1, 1)
+    same = torch.full((5, 6), 1e3)  # balls of radius 0
+    assert precision_recall(sample(same), sample(same))['precision'] == 1
+    assert precision_recall(sample(features), sample(features + 100))['precision'] == 0
+
+
+def test_equal_vectors_are_at_distance_zero_and_near_ones_are_not():
+    x = normal(3, 20, 501) + 5
+    distances = _distances2(x, torch.cat([x, x + 1e-3]))
+    assert (distances[:, :20].diagonal() == 0).all()
+    torch.testing.assert_close(distances[:, 20:].diagonal(), torch.full((20,), 501e-6).double(), rtol=1e-6, atol=0)
+
+
+def test_precision_and_recall_in_blocks(monkeypatch):
+    real, images = sample(normal(0, 40, 3)), sample(normal(1, 50, 3))
+    whole = precision_recall(real, images)
+    monkeypatch.setattr('metrics.precision_recall.BLOCK', 7)
+    assert precision_recall(real, images) == whole
+    assert 0 < whole['precision'] < 1
+
+
+def test_real_images_are_limited(monkeypatch):
+    monkeypatch.setattr('metrics.precision_recall.MOST_REAL', 8)
+    assert precision_recall(sample(normal(0, 40, 3)), sample(normal(1, 50, 3)))['real_used'] == 8
+
+
+def test_few_images_have_fewer_neighbours():
+    result = precision_recall(sample(normal(0, 4, 2)), sample(normal(1, 2, 2)))
+    assert result['neighbours'] == 1 and math.isfinite(result['recall'])

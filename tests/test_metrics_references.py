@@ -1,0 +1,368 @@
+"""References of others (.npz, .pkl), image arrays in .npz files, DINOv2, warnings, and records of results."""
+
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from dnnlib.errors import UserError
+from dnnlib.parsing import parse_int_list
+from metrics.collectors import FeatureSample, SplitStatistics, Statistics
+from metrics.dino import DinoDetector, set_position_grid
+from metrics.gathering import Batch, Gathered, ImageSet, Need, gather
+from metrics.published import is_published, load_published
+from metrics.reading import NpzImages, Part, batch_range, describe, npz_array, read_batches
+from metrics.records import append_record, find_generation, format_int_list
+from metrics.reference import load_reference, save_reference
+from metrics.registry import METRICS, check_sets, evaluate, format_result, memory_notes, select_metrics, summarize
+
+FID = Need('inception', Statistics)
+
+
+class Detector:
+    """Five numbers of each image; `published` as a test wants it."""
+
+    identity = 'five numbers'
+
+    def __init__(self, published=True):
+        self.published = published
+
+    def num_features(self, image_shape):
+        return 5
+
+    def __call__(self, images):
+        return images.flatten(1)[:, :5].float()
+
+    def logits(self, features):
+        return features
+
+
+def random_images(seed: int, count: int, shape=(1, 4, 4)) -> torch.Tensor:
+    return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def gathered(images: torch.Tensor, needs=(FID,), name='some', **about) -> Gathered:
+    batches = [Batch(images[i], None, i) for i in torch.arange(len(images)).split(7)]
+    about = ImageSet(name, len(images), tuple(images.shape[1:]), 0, **about)
+    return gather(about, batches, needs, 'cpu', {need.detector: Detector() for need in needs})
+
+
+# ---- references of others ----
+
+
+@pytest.fixture
+def moments():
+    images = gathered(random_images(0, 50))
+    statistics = images.collected[FID].all()
+    return {'mu': statistics.mean.numpy(), 'sigma': statistics.covariance().numpy()}
+
+
+def write(path, moments, form):
+    if form == 'npz':
+        np.savez(path, **moments)
+    elif form == 'compressed':
+        np.savez_compressed(path, **moments, arr_0=np.zeros(3))
+    else:
+        with open(path, 'wb') as file:
+            pickle.dump(moments if form == 'flat' else {'fid': moments, 'fd_dinov2': moments}, file)
+    return path
+
+
+@pytest.mark.parametrize(
+    ('name', 'form'), [('a.npz', 'npz'), ('b.npz', 'compressed'), ('c.pkl', 'flat'), ('d.pkl', 'nested')]
+)
+def test_published_statistics_give_what_ours_give(tmp_path, moments, name, form):
+    path = write(tmp_path / name, moments, form)
+    assert is_published(path)
+    published = load_published(path, [FID], {'inception': Detector()})
+    ours, images = gathered(random_images(0, 50)), gathered(random_images(1, 30))
+    fid = select_metrics(['fid'])
+    expected = evaluate(fid, ours, images)['metrics']['fid']
+    found = evaluate(fid, published, images)['metrics']['fid']
+    assert found['value'] == pytest.approx(expected['value'], rel=1e-9) and expected['value'] > 1
+    assert (found['num_images'], found['num_reference']) == (30, None)
+    assert 'N=30, reference N unknown' in format_result('fid', found)
+
+
+@pytest.mark.parametrize(
+    ('change', 'problem'),
+    [
+        ({'mu': np.zeros(4)}, r'mu and sigma are \(4,\) and \(5, 5\)'),
+        ({'sigma': np.full((5, 5), np.nan)}, 'not finite'),
+        ({'mu': np.zeros(5, np.int64)}, 'arrays of floating-point numbers'),
+        ({'mu': np.array([{}] * 5, object)}, 'cannot be read|not allowed|other than of numbers'),
+        ({'mu': np.zeros(3), 'sigma': np.eye(3)}, 'has 3 features, inception has 5'),
+    ],
+)
+@pytest.mark.parametrize('form', ['npz', 'nested'])
+def test_damaged_statistics_are_refused(tmp_path, moments, change, problem, form):
+    path = write(tmp_path / f'x.{"npz" if form == "npz" else "pkl"}', {**moments, **change}, form)
+    with pytest.raises(UserError, match=problem):
+        load_published(path, [FID], {'inception': Detector()})
+
+
+def test_statistics_without_what_a_metric_needs_are_refused(tmp_path, moments):
+    path = write(tmp_path / 'a.npz', moments, 'npz')
+    with pytest.raises(UserError, match='covariances of inception only, and a metric needs dinov2/statistics'):
+        load_published(path, [Need('dinov2', Statistics)], {'dinov2': Detector()})
+    with pytest.raises(UserError, match='needs inception/sample'):
+        load_published(path, [Need('inception', FeatureSample)], {'inception': Detector()})
+    (tmp_path / 'list.pkl').write_bytes(pickle.dumps([1, 2]))
+    with pytest.raises(UserError, match='no entry fid or fd_dinov2'):
+        load_published(tmp_path / 'list.pkl', [FID], {'inception': Detector()})
+
+
+def test_published_statistics_need_published_weights(tmp_path, moments):
+    path = write(tmp_path / 'a.npz', moments, 'npz')
+    with pytest.raises(UserError, match='published weights of inception, and here it has others: five numbers'):
+        load_published(path, [FID], {'inception': Detector(published=False)})
+    assert load_published(path, [FID], {'inception': Detector(published=None)})
+
+
+def test_pickles_that_would_run_code_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ('run',)
+
+    (tmp_path / 'evil.pkl').write_bytes(pickle.dumps({'fid': Evil()}))
+    with pytest.raises(UserError, match='print'):
+        load_published(tmp_path / 'evil.pkl', [FID], {'inception': Detector()})
+
+
+# ---- our own files ----
+
+
+def test_reference_with_several_kinds(tmp_path):
+    needs = [FID, Need('inception', FeatureSample), Need('inception', SplitStatistics)]
+    real = gathered(random_images(0, 50), needs, made_with={'transform': 'center-crop'}, fingerprint='abc')
+    save_reference(tmp_path / 'ref.safetensors', real)
+    loaded = load_reference(tmp_path / 'ref.safetensors', needs, {'inception': Detector()})
+    assert loaded.about == real.about and loaded.versions == real.versions
+    for need in needs:
+        for name, tensor in real.collected[need].to_tensors().items():
+            assert torch.equal(loaded.collected[need].to_tensors()[name], tensor)
+
+
+def test_reference_of_other_weights_is_refused(tmp_path):
+    save_reference(tmp_path / 'ref.safetensors', gathered(random_images(0, 50)))
+    other = Detector()
+    other.identity = 'five numbers, weights 123'
+    with pytest.raises(UserError, match=r"another detector: 'five numbers', here it is 'five numbers, weights 123'"):
+        load_reference(tmp_path / 'ref.safetensors', [FID], {'inception': other})
+
+
+# ---- images in .npz files ----
+
+
+@pytest.fixture
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (9, 4, 6, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
+def test_npz_images(tmp_path, pictures, save):
+    save(tmp_path / 'made.npz', pictures, np.arange(9) % 4)
+    images = NpzImages(tmp_path / 'made.npz')
+    assert (images.name, len(images), images.image_shape, images.num_classes) == ('made', 9, (3, 4, 6), 4)
+    for i in range(9):
+        image, label = images[i]
+        assert label == i % 4 and torch.equal(image, torch.tensor(pictures[i]).permute(2, 0, 1))
+    assert isinstance(npz_array(tmp_path / 'made.npz', 'arr_0'), np.memmap) == (save is np.savez)
+    batches = list(read_batches(images, 4, 'images'))
+    assert torch.equal(torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1), torch.tensor(pictures))
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(9))
+
+
+def test_other_npz_files_are_refused(tmp_path, pictures):
+    path = tmp_path / 'x.npz'
+    for arrays, problem in (
+        ({'mu': np.zeros(2)}, 'no arr_0, only mu'),
+        ({'arr_0': pictures.astype(np.float32)}, 'arr_0 is float32'),
+        ({'arr_0': pictures[:0]}, 'arr_0 is empty'),
+        ({'arr_0': pictures, 'arr_1': np.zeros(3, int)}, 'not a class per image'),
+        ({'arr_0': np.array([{}], object)}, 'holds objects'),
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(UserError, match=problem):
+            NpzImages(path)
+    path.write_bytes(b'no zip')
+    with pytest.raises(UserError, match=r'x\.npz is not an \.npz file'):
+        NpzImages(path)
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('arr_0.npy', b'no array')
+    with pytest.raises(UserError, match='arr_0 cannot be read'):
+        NpzImages(path)
+
+
+def test_parts_and_workers(tmp_path, pictures):
+    np.savez(tmp_path / 'made.npz', pictures)
+    images = NpzImages(tmp_path / 'made.npz')
+    part = Part(images, 3, 6)
+    assert len(part) == 3 and torch.equal(part[0][0], images[3][0]) and part.fingerprint != images.fingerprint
+    (batch,) = read_batches(part, 4, 'part', workers=1)
+    assert torch.equal(batch.images[2], images[5][0]) and batch.names == ['3', '4', '5']
+    assert describe(part).count == 3
+
+
+def test_batches_are_the_same_for_any_number_of_ranks(monkeypatch):
+    for size in (1, 2, 8):
+        monkeypatch.setattr('torch_utils.distributed.world_size', lambda size=size: size)
+        found = []
+        for rank in range(size):
+            monkeypatch.setattr('torch_utils.distributed.rank', lambda rank=rank: rank)
+            found += batch_range(41, 4)
+        assert sorted(found) == list(range(11))
+
+
+# ---- warnings ----
+
+
+def warnings_of(images: Gathered, real: Gathered | None, names=('fid',)) -> list[str]:
+    return evaluate(select_metrics(names), real, images)['warnings']
+
+
+@pytest.fixture(scope='module')
+def enough():
+    return random_images(0, 2048, (1, 4, 4)), random_images(1, 2048, (1, 4, 4))
+
+
+def test_nothing_is_warned_about_without_need(enough):
+    assert warnings_of(gathered(enough[0]), gathered(enough[1])) == []
+
+
+def test_jpegs_are_warned_about(enough):
+    (warning,) = warnings_of(gathered(enough[0], jpegs=7), gathered(enough[1]))
+    assert '7 of 2048 images are JPEGs' in warning
+
+
+def test_copies_are_warned_about(enough):
+    images = enough[0].clone()
+    images[[5, 700, 1500]] = images[[2047, 2047, 3]]
+    (warning,) = warnings_of(gathered(images), gathered(enough[1]))
+    assert '3 of 2048 images are copies' in warning
+
+
+def test_other_shapes_and_transforms_are_warned_about(enough):
+    real = gathered(enough[1].repeat(1, 1, 2, 1), name='real', made_with={'transform': 'center-crop'})
+    shape, transform = warnings_of(gathered(enough[0], made_with={'transform': 'none'}), real)
+    assert 'some is 1x4x4' in shape and '1x8x4' in shape and 'resize' in shape
+    assert 'transform none, the reference real with center-crop' in transform
+
+
+def test_few_images_are_counted(enough):
+    (warning,) = warnings_of(gathered(enough[0][:2047]), gathered(enough[1]))
+    assert '2047 images of some' in warning and 'fid' in warning
+
+
+def test_metrics_without_a_reference():
+    need = METRICS['is'].need
+    images = gathered(random_images(0, 30), [need])
+    results = evaluate(select_metrics(['is']), None, images)
+    assert results['metrics']['is']['value'] > 1 and results['metrics']['is']['num_reference'] is None
+    with pytest.raises(UserError, match='fid needs a reference'):
+        check_sets(select_metrics(['is', 'fid']), None, images.about)
+
+
+def test_memory_is_told_before_it_is_taken():
+    (note,) = memory_notes(select_metrics(['fid', 'kid', 'precision_recall']), (50_000, 1_281_167), {'inception': 2048})
+    assert note == 'kid, precision_recall: keeps features, 0.76 GiB on every rank'  # 2 * 50000 * 2048 * 4 / 2^30
+    assert memory_notes(select_metrics(['kid']), (100, None), {'inception': 2048}) == []
+
+
+def test_repeats_are_summed_up():
+    runs = [{'metrics': {'fid': {'value': value}}} for value in (2.0, 1.5, 2.5)]
+    summary = summarize({'fid': METRICS['fid']}, runs)
+    assert summary == {'fid': {'value': {'min': 1.5, 'mean': 2.0, 'max': 2.5, 'spread': 1.0}}}
+
+
+# ---- records ----
+
+
+@pytest.mark.parametrize('text', ['0-49999', '5', '1,3,5-7', '7,6,5'])
+def test_seeds_are_written_as_they_are_read(text):
+    assert format_int_list(parse_int_list(text)) == text
+
+
+def test_records_are_appended(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    append_record(path, {'a': 1})
+    append_record(path, {'b': None})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{'a': 1}, {'b': None}]
+
+
+def test_generation_is_found(tmp_path):
+    record = {'seeds': [0, 1, 2, 5], 'sampler': {'steps': 18}}
+    expected = {'seeds': '0-2,5', 'sampler': {'steps': 18}}
+    assert find_generation(str(tmp_path)) is None
+    (tmp_path / 'generation.json').write_text(json.dumps(record))
+    assert find_generation(str(tmp_path)) == find_generation(str(tmp_path / 'images.npz')) == expected
+    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as archive:
+        archive.writestr('y', '')
+        assert find_generation(archive.filename) is None if archive.close() else True
+    assert find_generation(str(tmp_path / 'x.zip')) is None
+    (tmp_path / 'generation.json').write_text('{')
+    with pytest.raises(UserError, match=r'generation\.json of .* is not JSON'):
+        find_generation(str(tmp_path))
+
+
+# ---- DINOv2 ----
+
+
+@pytest.fixture(scope='module')
+def tiny_dino(tmp_path_factory):
+    transformers = pytest.importorskip('transformers')
+    folder = tmp_path_factory.mktemp('dino')
+    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=518)
+    with torch.random.fork_rng():
+        transformers.Dinov2Model(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_dino_features_are_the_cls_token(tiny_dino):
+    transformers = pytest.importorskip('transformers')
+    detector = DinoDetector('cpu', tiny_dino, any_weights=True)
+    images = random_images(0, 2, (1, 20, 30))
+    x = torch.nn.functional.interpolate(images.float(), (224, 224), mode='bicubic', antialias=True) / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    net = transformers.Dinov2Model.from_pretrained(tiny_dino).eval()
+    set_position_grid(net, 16)
+    with torch.no_grad():
+        expected = net(x).last_hidden_state[:, 0]
+    assert detector.num_features((1, 20, 30)) == 32 and detector.published is False
+    torch.testing.assert_close(detector(images), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r'not ViT-L/14.*--any-weights'):
+        DinoDetector('cpu', tiny_dino)
+
+
+class Positions(torch.nn.Module):
+    def __init__(self, values):
+        super().__init__()
+        self.embeddings = torch.nn.Module()
+        self.embeddings.position_embeddings = torch.nn.Parameter(values)
+
+
+def test_positions_are_interpolated_with_the_authors_scale():
+    """On a ramp, output i is its place there, (i + 1/2) * 37 / 16.1 - 1/2, but for 0.05 that torch's kernel adds."""
+    ramp = torch.arange(37.0).expand(37, 37).reshape(1, 37 * 37, 1)
+    net = Positions(torch.cat([torch.full((1, 1, 1), -5.0), ramp], 1))
+    set_position_grid(net, 16)
+    found = net.embeddings.position_embeddings
+    assert found.shape == (1, 257, 1) and found[0, 0, 0] == -5
+    expected = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5
+    torch.testing.assert_close(found[0, 1:, 0].reshape(16, 16)[7, 1:15], expected[1:15], rtol=0, atol=0.06)
+    assert ((torch.arange(16) + 0.5) * 37 / 16 - 0.5 - expected)[14] > 0.19  # with 16 for 16.1
+
+
+def test_missing_dino_says_what_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr('metrics.dino.importlib.util.find_spec', lambda name: None)
+    with pytest.raises(UserError, match='install the extra `dino`'):
+        select_metrics(['fd_dinov2'])
+
+
+def test_absent_dino_names_url_files_and_place(tmp_path):
+    pytest.importorskip('transformers')
+    with pytest.raises(UserError, match=r'https://huggingface.co/facebook/dinov2-large.*--dinov2=PATH'):
+        DinoDetector('cpu', str(tmp_path / 'absent'))
