@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from dnnlib import cli
-from dnnlib.download import file_sha256, local_file, local_file
+from dnnlib.download import file_sha256, local_file
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder, write_json
 from metrics.detectors import Detector, DetectorOptions, load_detectors

@@ -547,7 +547,7 @@ def test_generate_by_preset_from_the_cache(tmp_path, run_script):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / 'out' / 'generation.json').read_text())
     assert record['net']['file'] == f'{BASE_URL}edm2-img64-s-1073741-0.045.pkl'
-    assert record['guiding_net'] == f'{BASE_URL}edm2-img64-xs-0134217-0.110.pkl'
+    assert record['guiding_net']['file'] == f'{BASE_URL}edm2-img64-xs-0134217-0.110.pkl'
     assert record['sampler']['guidance'] == 1.7 and record['net']['nimg'] == 2**30
     for name in ('000000.png', '000003.png'):
         assert (tmp_path / 'out' / name).exists()
