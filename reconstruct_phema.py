@@ -8,6 +8,7 @@ import click
 from dnnlib import cli
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder
+from dnnlib.memory import free_memory
 from dnnlib.parsing import parse_float_list
 from networks.files import save_network
 from training.config import KIMG
@@ -52,7 +53,7 @@ def main(indir, outdir, outstd, outnimg, outprefix, instd, plot, memory):
     wanted = parse_wanted(outstd)
     plan = Plan.make(find_snapshots(indir, instd), wanted, outnimg)  # mistakes are told before the folder is made
     folder = make_folder(outdir or indir)
-    memory = memory * 2**30 if memory is not None else _free_memory() / 2
+    memory = memory * 2**30 if memory is not None else free_memory() / 2
     if (passes := len(plan.passes(memory))) > 1:
         click.echo(f'{len(wanted)} networks in {passes} passes over the snapshots, for {memory / 2**30:.1f} GiB')
     for each, info, weights in plan.reconstruct(memory):
@@ -80,14 +81,6 @@ def parse_wanted(text: str) -> list[Wanted]:
     if text.endswith('.json'):
         return [Wanted.from_file(text)]
     return [Wanted.of_length(std) for std in parse_float_list(text)]
-
-
-def _free_memory() -> float:
-    """Bytes that can be had without swapping."""
-    for line in Path('/proc/meminfo').read_text().splitlines() if Path('/proc/meminfo').exists() else []:
-        if line.startswith('MemAvailable:'):
-            return int(line.split()[1]) * 1024
-    return float(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')) / 2
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import click
 import torch
@@ -11,13 +12,15 @@ from dnnlib.errors import UserError
 from dnnlib.files import make_folder
 from dnnlib.images import image_grid, save_png
 from dnnlib.signals import StopSignals
+from evaluation.measure import NetworkMeasure
 from networks.denoiser import Denoiser
+from networks.encoders import Encoder, load_encoder
 from sampling.pipeline import SamplerConfig, generate
 from torch_utils import distributed
 from training.board import require_tensorboard
 from training.config import KIMG, TrainConfig, from_preset
 from training.initial import check_initial
-from training.loop import open_dataset, train
+from training.loop import Measure, Preview, open_dataset, train
 from training.plan import plan
 from training.presets import PRESETS, get_preset
 
@@ -67,6 +70,10 @@ main_group, recipe, execution, output = (
 @execution('--allow-rounding', is_flag=True, help='Continue although --precision, --compile or --batch-gpu differ.')
 @output('--status', type=cli.NIMG, help='Interval of status lines.')
 @output('--preview', type=cli.NIMG, help='Interval of sample grids.')
+@output('--metrics', metavar='LIST', help='Measure every EMA at snapshots, such as fid,fd_pixels.')
+@output('--ref', metavar='FILE|DATASET', help='What the metrics compare with; by default the training data.')
+@output('--metric-seeds', type=cli.INTS, default='0-49999', show_default=True, help='An image for each.')
+@output('--vae', metavar='DIR', help='Folder of the VAE, to show and measure latents without a network.')
 @output('--snapshot', type=cli.NIMG, help='Interval of EMA snapshots.')
 @output('--snapshot-precision', metavar='fp16|bf16|fp32', help='Of the EMA snapshots.')
 @output('--checkpoint', type=cli.NIMG, help='Interval of full states to continue from.')
@@ -74,7 +81,23 @@ main_group, recipe, execution, output = (
 @output('--tensorboard', is_flag=True, help='Write events for TensorBoard too.')
 @output('-n', '--dry-run', is_flag=True, help='Print the config and what the run will cost, and stop.')
 @output('--ranks', type=click.IntRange(min=1), help='Number of GPUs to plan for with --dry-run.')
-def main(preset, data, outdir, offline, cond, device, dry_run, ranks, allow_rounding, tensorboard, **flags):
+def main(
+    preset,
+    data,
+    outdir,
+    offline,
+    cond,
+    device,
+    dry_run,
+    ranks,
+    allow_rounding,
+    tensorboard,
+    vae,
+    metrics,
+    ref,
+    metric_seeds,
+    **flags,
+):
     """Train a diffusion model, or continue the run found in --outdir.
 
     Numbers of images may be written as 4096, 200k or 8Mi. What is not given comes from the preset.
@@ -99,13 +122,15 @@ def main(preset, data, outdir, offline, cond, device, dry_run, ranks, allow_roun
     world_size = int(os.environ.get('WORLD_SIZE', '1'))
     config, dataset = make_config(preset, data, cond, overrides, world_size, offline)
     with StopSignals() as signals, distributed.session(device) as chosen:
+        measure = make_measure(config, chosen, metrics.split(','), ref, metric_seeds, vae) if metrics else None
         folder = make_folder(outdir)
         train(
             config,
             dataset,
             folder,
             chosen,
-            preview=lambda net, nimg: draw_samples(net, nimg, folder),
+            preview=make_preview(config, chosen, folder, vae),
+            measure=measure,
             allow_rounding=allow_rounding,
             tensorboard=tensorboard,
             signals=signals,
@@ -140,16 +165,43 @@ def make_config(preset: str, data: str | None, cond: bool, overrides: dict, worl
     return config, dataset
 
 
-def draw_samples(net: Denoiser, nimg: int, folder):
+def make_measure(
+    config: TrainConfig, device: torch.device, metrics: list[str], ref: str | None, seeds: list[int], vae: str | None
+) -> Measure:
+    """What computes the metrics of a network in training.
+
+    Raises:
+        UserError: where a metric is unknown, or the reference or the VAE cannot be used.
+    """
+    if ref is None and config.encoder != 'rgb':
+        raise UserError('the training data are latents; give --ref, a reference made of the images')
+    encoder = load_encoder(config.encoder, device, vae)
+    batch = config.micro_batch_for(distributed.world_size())
+    measure = NetworkMeasure(metrics, ref or config.data, device, seeds, SamplerConfig(), encoder, batch)
+    measure.prepare(config.network)
+    return lambda net, nimg: measure(net)
+
+
+def make_preview(config: TrainConfig, device: torch.device, folder: Path, vae: str | None) -> Preview | None:
+    """What draws sample grids on rank 0; None, with a word about it, where latents cannot be decoded here."""
+    if distributed.rank() != 0:
+        return None
+    try:
+        encoder = load_encoder(config.encoder, device, vae)
+    except UserError as error:
+        click.echo(f'warning: no sample grids will be drawn: {error}', err=True)
+        return None
+    return lambda net, nimg: draw_samples(net, nimg, folder, encoder)
+
+
+def draw_samples(net: Denoiser, nimg: int, folder: Path, encoder: Encoder):
     """Write a grid of samples with a class per column, the same seeds each time, to samples-KIMG.png; return it."""
     label_dim = net.config.label_dim
     columns = min(label_dim, 10) or 10
     classes = [i * label_dim // columns for i in range(columns)] if label_dim else None
-    seeds = range(5 * columns)
-    images = [batch.images for batch in generate(net, seeds, SamplerConfig(steps=18), classes=classes)]
-    pixels = torch.cat(images).permute(0, 2, 3, 1).numpy()
-    zoom = max(1, 64 // net.config.img_resolution[0])
-    grid = image_grid(pixels, columns, zoom)
+    made = generate(net, range(5 * columns), SamplerConfig(steps=18), classes=classes, encoder=encoder)
+    pixels = torch.cat([batch.images for batch in made]).permute(0, 2, 3, 1).numpy()
+    grid = image_grid(pixels, columns, max(1, 64 // pixels.shape[1]))
     save_png(folder / f'samples-{nimg // KIMG:07d}.png', grid)
     return grid
 

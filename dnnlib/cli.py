@@ -117,5 +117,6 @@ class Parsed(click.ParamType):
 
 
 NIMG = Parsed('images', parse_nimg)
+NIMGS = Parsed('images', lambda text: [parse_nimg(part) for part in text.split(',')])
 INTS = Parsed('list', parse_int_list)
 FLOATS = Parsed('list', parse_float_list)

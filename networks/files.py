@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -171,6 +172,22 @@ def fitting_network(file: NetworkFile | PublishedNetworkFile, precision: str = '
     if found:
         raise UserError(found if len(found) <= MOST_LISTED else [*found[:MOST_LISTED], f'and {len(found)} in all'])
     return net
+
+
+def build_network(
+    config: NetworkConfig, weights: Mapping[str, torch.Tensor], device: torch.device | str, precision: str = 'fp32'
+) -> Denoiser:
+    """A network with those weights, in evaluation mode, in float32 and without gradients.
+
+    Args:
+        config: Of the network.
+        weights: All its tensors by name; they are used as they are where they need no conversion.
+        device, precision: As for `load_network`.
+    """
+    with torch.device('meta'):
+        net = Denoiser(config, precision=precision)
+    net.load_state_dict({name: t.to(device, torch.float32) for name, t in weights.items()}, assign=True)
+    return net.eval().requires_grad_(False)
 
 
 def load_network(

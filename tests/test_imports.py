@@ -12,6 +12,7 @@ for above, room in zip(('dnnlib', 'torch_utils', 'diffusion'), ('torch_utils', '
     BELOW[room] = BELOW[above] | {above}
 for room in ('training', 'sampling', 'metrics'):
     BELOW[room] = BELOW['networks'] | {'networks'}
+BELOW['evaluation'] = BELOW['networks'] | {'networks', 'training', 'sampling', 'metrics'}
 SCRIPTS = {path.stem for path in ROOT.glob('*.py')}
 
 

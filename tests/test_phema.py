@@ -1,6 +1,7 @@
 """Post-hoc EMA: golden numbers, the definition by numerical integration, reconstruction of known averages."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import ROOT
 from training.phema import PowerEMA, combine, correlation, ema_beta, exp_to_std, solve, std_to_exp
 
 lengths = st.floats(0.01, 0.28)
@@ -176,3 +178,13 @@ def test_error_is_the_distance_of_the_profiles():
     a, b = std_to_exp(0.1), std_to_exp(0.2)
     aa, ab, bb = (a + 1) ** 2 / (2 * a + 1), (a + 1) * (b + 1) / (a + b + 1), (b + 1) ** 2 / (2 * b + 1)
     assert solution.error == pytest.approx(math.sqrt((aa - 2 * ab + bb) / bb), rel=1e-9)
+
+
+def test_example_of_the_documentation(tmp_path, monkeypatch, capsys):
+    text = (ROOT / 'docs/phema.md').read_text()
+    (code,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(compile(code, 'docs/phema.md', 'exec'), {})
+    assert re.fullmatch(r'profile error 0\.0\d+, amplification 1\.\d+\n', capsys.readouterr().out)

@@ -351,3 +351,18 @@ def test_compiled_training_is_the_same_mathematics(config, run):
     names = [sorted(path.name for path in run(name, replace(small, compile=name == 'compiled')).glob('*.safetensors'))
              for name in ('eager', 'compiled')]  # fmt: skip
     assert names[0] == names[1]
+
+
+def test_metrics_along_the_way(archive, run_script, tmp_path):
+    arguments = [
+        *('--preset=edm2plus-digits', f'--data={archive}', '--channels=32', '--duration=1Ki', '--batch=64'),
+        *('--status=512', '--snapshot=1Ki', '--checkpoint=1Ki', '--preview=1Ki', '--metrics=fd_pixels'),
+    ]
+    process = run_script('train.py', *arguments, '--metric-seeds=0-9', f'--outdir={tmp_path / "run"}', ranks=2)
+    assert process.returncode == 0, process.stderr
+    records = read_records(tmp_path / 'run/metrics.jsonl')
+    assert [(r['nimg'], r['ema_std']) for r in records] == [(1024, 0.05), (1024, 0.1)]
+    assert all(r['metrics']['fd_pixels']['num_images'] == 10 for r in records)
+    process = run_script('train.py', *arguments[:-1], '--metrics=fib', f'--outdir={tmp_path / "other"}')
+    assert process.returncode == 2 and "unknown metric 'fib'" in process.stderr
+    assert not (tmp_path / 'other').exists()

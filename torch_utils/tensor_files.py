@@ -95,3 +95,49 @@ class TensorFile:
         """All tensors with their names, read one by one."""
         for name in self.names:
             yield name, self.get(name)
+
+
+_DTYPES = {'F16': torch.float16, 'BF16': torch.bfloat16, 'F32': torch.float32, 'F64': torch.float64}
+
+
+class PieceReader:
+    """Pieces of the floating-point tensors of a safetensors file, read straight into memory that is given.
+
+    `TensorFile` maps the file, and pays for every page of it; where all of many large files are read once, that costs
+    more than reading. The format: eight bytes of length, a JSON header with the place of each tensor, the tensors.
+
+    Args:
+        path: A file that `TensorFile` has opened before.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._file = open(self.path, 'rb', buffering=0)  # noqa: SIM115
+        length = int.from_bytes(self._file.read(8), 'little')
+        self._places: dict[str, Any] = json.loads(self._file.read(length))
+        self._start = 8 + length
+
+    def __enter__(self) -> 'PieceReader':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+        return _DTYPES[self._places[name]['dtype']]
+
+    def read(self, name: str, first: int, room: memoryview) -> None:
+        """Fill `room` (bytes) with a tensor's elements from number `first` on, in memory order.
+
+        Safe to call from several threads.
+
+        Raises:
+            UnreadableFileError: where the file ends before.
+        """
+        place = self._start + self._places[name]['data_offsets'][0] + first * self.dtype(name).itemsize
+        while room:
+            count = os.preadv(self._file.fileno(), [room], place)
+            if not count:
+                raise UnreadableFileError(f'{self.path} ends within {name}')
+            room, place = room[count:], place + count

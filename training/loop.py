@@ -136,12 +136,13 @@ class Routine:
         if lead and self._due(config.snapshot):
             with self.timer.phase('saving'):
                 self.writer.submit(state.saving_snapshots(self.folder))
-        if self._due(config.snapshot) and (self.held_out or self.measure):
-            self._measure_averages()
-        if lead and self._due(config.preview):
-            plot_loss(self.folder)
-            if self.preview:
-                self.progress.add_picture(self.preview(state.averaged_net(min(config.ema_stds)), state.nimg))
+        with self.timer.phase('measuring'):
+            if self._due(config.snapshot) and (self.held_out or self.measure):
+                self._measure_averages()
+            if lead and self._due(config.preview):
+                plot_loss(self.folder)
+                if self.preview:
+                    self.progress.add_picture(self.preview(state.averaged_net(min(config.ema_stds)), state.nimg))
         # Last: where there is a state, all that was due before it has been done.
         if self._due(config.checkpoint) or last:
             state.stats.collect()

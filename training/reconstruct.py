@@ -17,11 +17,12 @@ from tqdm import tqdm
 from dnnlib.errors import UserError
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, fitting_network, is_constant, open_network
+from torch_utils.tensor_files import PieceReader
+from torch_utils.threads import one_thread
 from training.phema import STD_LIMIT, Combination, solve
 
-FILES_AT_ONCE = 8  # snapshots that are combined in one multiplication
+FILES_AT_ONCE = 16  # snapshots that are combined in one multiplication
 ELEMENTS_AT_ONCE = 2**14  # of a tensor; with the files above they fit into a core's cache
-BYTES_AT_ONCE = 2**25  # of each file between opening and closing it, so that no more is mapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Plan:
     def reconstruct(self, memory: float = math.inf) -> Iterator[tuple[Wanted, NetworkInfo, dict[str, torch.Tensor]]]:
         """Combine the snapshots. Every one of them is read once in each pass.
 
-        In memory are the networks of a pass, and 1/4 GiB of what is read.
+        In memory are the networks of a pass and pieces of what is read (published pickles are mapped as a whole).
 
         Args:
             memory: Bytes that the networks of a pass may take.
@@ -256,34 +257,31 @@ class Plan:
             ).to(self._dtype)
             for name in names
         }
-        # Pickles are read whole as they are opened; of ours no more than a group of tensors is mapped at a time.
-        groups = _groups(net) if all(s.path.endswith('.safetensors') for s in self.snapshots) else [names]
-        blocks = range(0, len(self.snapshots), FILES_AT_ONCE)
-        title = 'combining' if parts == 1 else f'combining, pass of {parts}'
+        title = 'combining' if parts == 1 else f'combining, one of {parts} passes'
+        threads = torch.get_num_threads()
         with (
-            ThreadPoolExecutor(torch.get_num_threads()) as pool,
+            one_thread(),  # threads that share such small pieces are slower than threads with pieces of their own
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
             tqdm(total=len(self.snapshots), desc=title, unit='file', disable=None) as bar,
         ):
-            for start in blocks:
+            for start in range(0, len(self.snapshots), FILES_AT_ONCE):
                 block = self.snapshots[start : start + FILES_AT_ONCE]
-                for group in groups:
-                    with contextlib.ExitStack() as stack:
-                        files = [stack.enter_context(open_network(s.path)) for s in block]
-                        jobs = [
-                            pool.submit(_add, totals[name], coefficients[name][:, start : start + len(block)],
-                                        [file.get(name) for file in files])
-                            for name in group
-                        ]  # fmt: skip
-                        for job in jobs:
-                            job.result()
-                self._check_finite(block, totals)
+                with contextlib.ExitStack() as stack:
+                    files = [stack.enter_context(_reader(snapshot)) for snapshot in block]
+                    jobs = [
+                        pool.submit(_add, totals[name], coefficients[name][:, start : start + len(block)], name, files)
+                        for name in names
+                    ]
+                    for job in jobs:
+                        job.result()
                 bar.update(len(block))
+        self._check_finite(totals)
         return totals
 
-    def _check_finite(self, block: list[Snapshot], totals: dict[str, torch.Tensor]) -> None:
+    def _check_finite(self, totals: dict[str, torch.Tensor]) -> None:
         bad = [name for name, total in totals.items() if not math.isfinite(float(total.sum()))]
         for name in bad:
-            for snapshot in block:
+            for snapshot in self.snapshots:
                 with open_network(snapshot.path) as file:
                     if not file.get(name).isfinite().all():
                         raise UserError(f'{snapshot.path}: {name} holds numbers that are not finite')
@@ -295,28 +293,49 @@ def _network(snapshot: Snapshot) -> torch.nn.Module:
         return Denoiser(snapshot.info.config)
 
 
-def _groups(net: dict[str, torch.nn.Parameter]) -> list[list[str]]:
-    """Parameters in their order, in groups of no more than BYTES_AT_ONCE in 16 bits, but at least one."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, p in net.items():
-        if groups[-1] and size + 2 * p.numel() > BYTES_AT_ONCE:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += 2 * p.numel()
-    return groups
+class _LoadedPieces:
+    """What `PieceReader` does, for files of other kinds."""
+
+    def __init__(self, path: str):
+        self._file = open_network(path)
+
+    def __enter__(self) -> '_LoadedPieces':
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._file.__exit__(*details)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file.get(name).dtype
+
+    def read(self, name: str, first: int, room: memoryview) -> None:
+        tensor = self._file.get(name).reshape(-1)
+        stop = first + len(room) // tensor.itemsize
+        room[:] = memoryview(tensor[first:stop].contiguous().view(torch.uint8).numpy())
 
 
-def _add(total: torch.Tensor, coefficients: torch.Tensor, tensors: list[torch.Tensor]) -> None:
-    """total [networks, ...] += coefficients [networks, files] @ tensors (files times [...]), piece by piece."""
+def _reader(snapshot: Snapshot) -> PieceReader | _LoadedPieces:
+    ours = snapshot.path.endswith('.safetensors')
+    return PieceReader(snapshot.path) if ours else _LoadedPieces(snapshot.path)
+
+
+def _add(total: torch.Tensor, coefficients: torch.Tensor, name: str, files: list[PieceReader | _LoadedPieces]) -> None:
+    """total [networks, ...] += coefficients [networks, files] @ (files, the tensor `name` of each), piece by piece."""
     total = total.view(len(total), -1)
-    flat = [tensor.reshape(-1) for tensor in tensors]
     count = total.shape[1]
-    room = torch.empty(len(flat), min(count, ELEMENTS_AT_ONCE), dtype=total.dtype)
-    for start in range(0, count, ELEMENTS_AT_ONCE):
-        stop = min(start + ELEMENTS_AT_ONCE, count)
-        piece = room[:, : stop - start]
-        for row, tensor in zip(piece, flat, strict=True):
-            row.copy_(tensor[start:stop])
-        total[:, start:stop].addmm_(coefficients, piece)
+    width = min(count, ELEMENTS_AT_ONCE)
+    pieces = torch.empty(len(files), width, dtype=total.dtype)
+    dtypes = [file.dtype(name) for file in files]
+    stored = {dtype: torch.empty(len(files), width, dtype=dtype) for dtype in dtypes}
+    rooms = [memoryview(stored[dtype][row].view(torch.uint8).numpy()) for row, dtype in enumerate(dtypes)]
+    for first in range(0, count, width):
+        n = min(width, count - first)
+        for file, room, dtype in zip(files, rooms, dtypes, strict=True):
+            file.read(name, first, room if n == width else room[: n * dtype.itemsize])
+        if len(stored) == 1:
+            pieces.copy_(stored[dtypes[0]])
+        else:
+            for row, dtype in enumerate(dtypes):
+                pieces[row] = stored[dtype][row]
+        total[:, first : first + n].addmm_(coefficients, pieces[:, :n])

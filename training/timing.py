@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-HOST_PHASES = ('data', 'saving')  # what the host does while the device may still be busy with steps before
+HOST_PHASES = ('data', 'saving', 'measuring')  # what the host does while the device may still be busy with steps before
 
 
 class PhaseTimer:

@@ -1,0 +1,1 @@
+"""What needs training, sampling and metrics together: networks measured as they are made."""

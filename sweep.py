@@ -1,0 +1,118 @@
+"""A metric against EMA length: reconstruct, generate, measure, without writing a network."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dnnlib import cli
+from dnnlib.errors import UserError
+from dnnlib.files import locked_folder, make_folder, write_json
+from dnnlib.memory import free_memory
+from evaluation.measure import NetworkMeasure
+from evaluation.sweep import Sweep, plot_sweep
+from metrics.records import format_int_list
+from networks.encoders import load_encoder
+from networks.files import load_network
+from sampling.pipeline import SamplerConfig
+from torch_utils import distributed
+from torch_utils.tensor_files import library_versions
+from training.config import differences
+from training.plots import require_matplotlib
+from training.reconstruct import find_snapshots
+
+EPILOG = """\b
+Examples:
+  python sweep.py --indir=demo/run --outstd=0.05,0.10,...,0.25 --ref=demo/digits.zip --seeds=0-999 --outdir=demo/sweep
+  torchrun --standalone --nproc_per_node=8 sweep.py --indir=runs/img64-s --outstd=0.02,0.03,...,0.10 \\
+      --ref=img64-ref.safetensors --metrics=fid --gnet=WEAKER --guidance=1.0,1.2,1.4 --outdir=runs/sweep
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.option('--indir', required=True, metavar='DIR', help='Run folder with snapshots.')
+@click.option('--outdir', required=True, metavar='DIR', help='For sweep.jsonl, sweep.csv and sweep.png.')
+@click.option('--outstd', required=True, type=cli.FLOATS, help='EMA lengths, such as 0.05,0.06,...,0.25.')
+@click.option('--outnimg', type=cli.NIMGS, help='Training times, such as 64Mi,128Mi; by default the last.')
+@click.option('--metrics', default='fd_pixels', show_default=True, metavar='LIST', help='See calculate_metrics.py.')
+@click.option('--ref', metavar='FILE|DATASET', help='Reference file, published statistics, or the real images.')
+@click.option('--seeds', type=cli.INTS, default='0-49999', show_default=True, help='An image for each.')
+@click.option('--gnet', 'gnet_path', metavar='FILE|URL', help='Guiding network file.')
+@click.option('--guidance', type=cli.FLOATS, default='1', show_default=True, help='Guidance weights, such as 1,1.2.')
+@click.option('--guidance-interval', type=cli.FLOATS, metavar='LO,HI', help='Guide at noise levels in (LO, HI] only.')
+@click.option('--sampler', 'name', default='heun', show_default=True, metavar='NAME', help='See generate.py.')
+@click.option('--steps', type=int, default=32, show_default=True, help='Sampling steps.')
+@click.option('--batch', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.')
+@click.option('--precision', default='fp32', show_default=True, metavar='fp32|bf16|fp16', help='Of the features.')
+@click.option('--instd', type=cli.FLOATS, help='Use snapshots of these lengths only.')
+@click.option('--memory', type=click.FloatRange(min=0), metavar='GIB', help='For networks; half of what is free.')
+@click.option('--vae', metavar='DIR', help='Folder of the VAE, for latents on machines without a network.')
+@click.option('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
+def main(indir, outdir, outstd, outnimg, metrics, ref, seeds, gnet_path, guidance, guidance_interval, name, steps,
+         batch, precision, instd, memory, vae, device):  # fmt: skip
+    """Measure networks of many EMA lengths (and training times, and guidance weights), a row for each.
+
+    The same command continues a sweep that was stopped, and measures nothing twice; lengths, times and weights may be
+    added. sweep.png shows each metric against EMA length.
+    """
+    require_matplotlib()
+    sampler = SamplerConfig(name=name, steps=steps, guidance=max(guidance, key=abs))
+    if guidance_interval is not None:
+        sampler = dataclasses.replace(sampler, guidance_interval=tuple(guidance_interval))
+    sampler.check()
+    if gnet_path is None and any(weight != 1 for weight in guidance):
+        raise UserError('guidance other than 1 needs a guiding network: --gnet=FILE')
+    snapshots = find_snapshots(indir, instd)
+    sweep = Sweep.make(snapshots, outstd, outnimg, guidance)  # mistakes are told before the folder is made
+    settings: dict[str, Any] = {
+        'indir': os.fspath(Path(indir).resolve()),
+        'metrics': metrics.split(','),
+        'ref': ref,
+        'seeds': format_int_list(seeds),
+        'guiding_net': gnet_path,
+        'sampler': {key: value for key, value in sampler.to_json().items() if key != 'guidance'},
+        'instd': instd,
+        'precision': precision,
+        'versions': library_versions(),
+    }
+    with distributed.session(device) as chosen:
+        encoder = load_encoder(snapshots[0].info.encoder, chosen, vae)
+        measure = NetworkMeasure(settings['metrics'], ref, chosen, seeds, sampler, encoder, batch)
+        measure.prepare(snapshots[0].info.config)
+        guiding_net = load_network(gnet_path, chosen, precision)[0] if gnet_path else None
+        if distributed.rank() == 0:
+            folder = make_folder(outdir)
+            with locked_folder(folder):
+                check_settings(folder / 'sweep.json', settings)
+                sweep.run(folder, measure, guiding_net, chosen, precision, _memory(memory))
+                plot_sweep(folder)
+            click.echo(f'{folder}/sweep.csv, {folder}/sweep.png')
+        else:
+            sweep.run(Path(outdir), measure, guiding_net, chosen, precision, _memory(memory))
+
+
+def _memory(gib: float | None) -> float:
+    """Bytes for this rank's networks."""
+    share = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
+    return gib * 2**30 if gib is not None else free_memory() / (2 * share)
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write what all rows share, or make sure that it is what it was.
+
+    Raises:
+        UserError: where it is not, with a line for each difference.
+    """
+    if path.exists():
+        old = json.loads(path.read_text(encoding='utf-8'))
+        found = differences(old, json.loads(json.dumps(settings)), {'versions'})
+        if found:
+            raise UserError([f'{path.parent} holds another sweep', *found])
+    write_json(path, settings)
+
+
+if __name__ == '__main__':
+    cli.run(main)
