@@ -288,6 +288,13 @@ def test_defaults_and_constants_of_the_constructor():
             rebuild_config(args, arguments)
 
 
+@pytest.mark.parametrize('args', [np.ones(3), np.ones(0), [], 0, ''], ids=repr)
+def test_positional_arguments_of_any_kind_are_refused(tmp_path, args):
+    content = files.content_of(tiny_net())
+    content['ema'].meta['state']['_init_args'] = args
+    refused(tmp_path, content, 'arguments of the network are missing')
+
+
 def structures() -> dict[str, tuple]:
     """Trees that no module makes."""
     loop, twice, shared = files.content_of(tiny_net()), files.content_of(tiny_net()), files.content_of(tiny_net())
@@ -297,6 +304,14 @@ def structures() -> dict[str, tuple]:
     storage, rebuild = torch.ones(4)._typed_storage(), torch._utils._rebuild_tensor_v2
     shared['ema'].meta['state']['_parameters'] = {
         name: hostile.Reduced(rebuild, (storage, 0, (4,), (1,), False, collections.OrderedDict())) for name in 'ab'
+    }
+    bytes_shared = files.content_of(tiny_net())
+    blob = blob_of(torch.ones(4096))
+    bytes_shared['ema'].meta['state']['_parameters'] = {
+        name: hostile.Reduced(
+            rebuild, (hostile.Reduced(torch.storage._load_from_bytes, (blob,)), 0, (4096,), (1,), False, {})
+        )
+        for name in 'ab'
     }
     named = files.content_of(tiny_net())
     named['ema'].meta['state']['_parameters'] = {'a\nb': torch.ones(1)}
@@ -315,6 +330,7 @@ def structures() -> dict[str, tuple]:
         'loop': (loop, 'occurs twice|an object in an unknown form'),
         'twice': (twice, 'occurs twice'),
         'shared numbers': (shared, 'shares its numbers'),
+        'bytes read twice': (bytes_shared, 'shares its numbers'),
         'name of two lines': (named, r"name 'a\\nb'"),
         'no tensor': (odd, 'a is no tensor'),
         'no module': (child, 'a is no module'),
@@ -354,6 +370,7 @@ def test_trees_that_no_module_makes(tmp_path, case):
         (files.encoder_of('StabilityVAEEncoder', bias=files.BIAS[:3]), 'no bias of 4 channels'),
         (files.encoder_of('StabilityVAEEncoder', scale=np.ones(1000)), 'no scale of 4 channels'),
         (files.encoder_of('StabilityVAEEncoder', scale='x'), 'no scale of 4 channels'),
+        (files.encoder_of('StabilityVAEEncoder', scale=b'x' * 5000), 'no scale of 4 channels'),
         (files.encoder_of('StabilityVAEEncoder', vae_name='other/vae'), 'another VAE'),
         (files.encoder_of('OtherEncoder'), r'encoder \(OtherEncoder\) is none of'),
         (None, r'encoder \(missing\) is none of'),
