@@ -268,6 +268,9 @@ def test_missing_unknown_and_misshapen_tensors_are_listed(tmp_path):
         ({'model_channels': '16'}, 'model_channels is something else'),
         ({'model_channels': 16.0}, 'model_channels must be a whole number'),
         ({'sigma_data': float('nan')}, 'sigma_data must be a finite number'),
+        ({'sigma_data': 10**300}, 'sigma_data must be between'),
+        ({'sigma_data': 1e-300}, 'sigma_data must be between'),
+        ({'sigma_data': -0.5}, 'sigma_data must be between'),
         ({'label_dim': 11}, "emb_label.weight' has shape"),
         ({'num_blocks': 2}, 'is missing'),
     ],
@@ -534,6 +537,43 @@ def test_presets_agree_with_their_names_and_the_recipes():
         if 'autog' in name:
             assert ('uncond' in model.gnet) == ('uncond' in name)
             assert describe_name(f'{model.gnet}.pkl')[0] == (2**28 if 'xxl' in name else 2**27)
+
+
+# Columns of the papers' tables, for the sizes in order.
+COLUMNS = {
+    'img512-{}-fid': ('.135 .130 .100 .085 .085 .070', '3.53 2.56 2.25 2.06 1.96 1.91', None),
+    'img512-{}-dino': ('.200 .190 .155 .155 .155 .150', '103.39 68.64 58.44 52.25 45.96 42.84', None),
+    'img512-{}-guid-fid': ('.045 .025 .030 .015 .020 .015', '2.91 2.23 2.01 1.88 1.85 1.81', '1.4 1.4 1.2 1.2 1.2 1.2'),
+    'img512-{}-guid-dino': (
+        '.150 .085 .015 .035 .030 .015',
+        '79.94 52.32 41.98 38.20 35.67 33.09',
+        '1.7 1.9 2.0 1.7 1.7 1.7',
+    ),
+}
+AUTOGUIDANCE = {  # EMA lengths of both networks, weight, result
+    'img512-s-autog-fid': (0.070, 0.125, 2.10, '1.34'),
+    'img512-s-autog-dino': (0.120, 0.165, 2.45, '36.67'),
+    'img512-xxl-autog-fid': (0.075, 0.155, 2.05, '1.25'),
+    'img512-xxl-autog-dino': (0.130, 0.205, 2.30, '24.18'),
+    'img512-s-uncond-autog-fid': (0.070, 0.110, 2.85, '3.86'),
+    'img512-s-uncond-autog-dino': (0.090, 0.125, 2.90, '90.39'),
+    'img64-s-autog-fid': (0.045, 0.110, 1.70, '1.01'),
+    'img64-s-autog-dino': (0.105, 0.175, 2.20, '31.85'),
+}
+
+
+def test_presets_have_the_numbers_of_the_papers():
+    for name, (stds, results, weights) in COLUMNS.items():
+        rows = zip(stds.split(), results.split(), (weights or '1 1 1 1 1 1').split(), strict=True)
+        for size, (std, result, weight) in zip(('xs', 's', 'm', 'l', 'xl', 'xxl'), rows, strict=True):
+            model = MODELS[f'edm2-{name.format(size)}']
+            assert (model.ema_std, model.result, model.guidance) == (f'0{std}', result, float(weight)), name
+    for name, (std, guide_std, weight, result) in AUTOGUIDANCE.items():
+        model = MODELS[f'edm2-{name}']
+        lengths = describe_name(f'{model.net}.pkl')[1], describe_name(f'{model.gnet}.pkl')[1]
+        assert (*lengths, model.guidance, model.result) == (std, guide_std, weight, result), name
+        guide = 'm' if 'xxl' in name else 'xs'
+        assert re.match(r'edm2-img\d+-([a-z]+)', model.gnet)[1] == guide
 
 
 def test_resolving_presets():
