@@ -6,6 +6,8 @@ import json
 import pickle
 import re
 import signal
+import struct
+import time
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from tests import published_files as files
 from tests import test_pickles as hostile
 from tests.helpers import make_archive
 from tests.test_networks import close, golden_inputs, golden_net
-from torch_utils.pickled_tensors import TENSORS
+from torch_utils.pickled_tensors import TENSORS, Storage
 from torch_utils.pickles import read_pickle
 from training.config import from_preset
 from training.dataset import ImageDataset
@@ -194,6 +196,20 @@ def test_hostile_storages(case, refuse):
     assert 'torch.storage._load_from_bytes' in message
     if 'code' in case:
         assert 'asks for os.system' in message
+
+
+def test_a_storage_that_is_read_again_and_again(refuse, monkeypatch):
+    """Five pickles are read for each storage: a small file must not make that take long."""
+    monkeypatch.setattr('torch_utils.pickle_machine.FREE_BYTES', 2**20)
+    blob = BLOB.replace(b'\x80\x02}', b'\x80\x02' + b'N0' * 700 + b'}', 1)
+    data = b'\x80\x02ctorch.storage\n_load_from_bytes\nq\x00B' + struct.pack('<I', len(blob)) + blob + b'\x85q\x01'
+    assert isinstance(read_pickle(data + b'h\x00h\x01R.', TENSORS), Storage)
+    start = time.process_time()
+    assert 'more memory' in refuse(data + b'h\x00h\x01R0' * 10_000 + b'N.', names=TENSORS)
+    assert time.process_time() - start < 1
+    longer = blob.replace(b'N0', b'N0N0N0')
+    data = b'\x80\x02ctorch.storage\n_load_from_bytes\nB' + struct.pack('<I', len(longer)) + longer + b'\x85R.'
+    assert 'cut short' in refuse(data, names=TENSORS)
 
 
 SHAPES = {

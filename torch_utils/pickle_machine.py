@@ -36,12 +36,14 @@ class Global:
 
     Args:
         name: `module.name` as in the file.
-        call: Makes the value. Its arguments come from the file: it must expect anything.
+        call: Makes the value. Its arguments come from the file: it must expect anything. An attribute `price` of it
+            is charged for each call in bytes, where a call takes more time than the size of its arguments tells.
     """
 
     def __init__(self, name: str, call: Callable[..., Any]):
         self.name = name
         self.call = call
+        self.price = getattr(call, 'price', 0)
 
 
 class Buildable:
@@ -241,7 +243,7 @@ class Machine:
             self.refuse(f'{function.name} is called without a list of arguments')
         if options is not None and (type(options) is not dict or not all(type(key) is str for key in options)):
             self.refuse(f'{function.name} is called with options that have no names')
-        self.charge(OBJECT_BYTES + SLOT_BYTES * (len(args) + len(options or ())))
+        self.charge(function.price + OBJECT_BYTES + SLOT_BYTES * (len(args) + len(options or ())))
         self.charge(sum(map(weight, args)))
         try:
             return function.call(*args, **(options or {}))
