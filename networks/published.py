@@ -216,6 +216,8 @@ def find_tensors(net: PublishedObject) -> Iterator[tuple[str, PickledTensor]]:
                 continue
             if not isinstance(tensor, PickledTensor):
                 raise UserError(f'{_shown(prefix + name)} is no tensor')
+            if not tensor.dtype.is_floating_point:
+                raise UserError(f'{_shown(prefix + name)} is of {tensor.dtype}, not of floating-point numbers')
             place = tensor.storage.place()
             if place in places:
                 raise UserError(f'{_shown(prefix + name)} shares its numbers with another tensor')

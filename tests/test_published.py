@@ -338,6 +338,8 @@ def structures() -> dict[str, tuple]:
     odd['ema'].meta['state']['_parameters'] = {'a': [1]}
     child = files.content_of(tiny_net())
     child['ema'].meta['state']['_modules']['a'] = 3
+    whole = files.content_of(tiny_net())
+    whole['ema'].meta['state']['_parameters'] = {'a': torch.ones(2, dtype=torch.int64)}
     listed = files.content_of(tiny_net())
     listed['ema'].meta['state']['_modules'] = [1]
     edm = files.content_of(tiny_net())
@@ -352,6 +354,7 @@ def structures() -> dict[str, tuple]:
         'bytes read twice': (bytes_shared, 'shares its numbers'),
         'name of two lines': (named, r"name 'a\\nb'"),
         'no tensor': (odd, 'a is no tensor'),
+        'whole numbers': (whole, 'a is of torch.int64'),
         'no module': (child, 'a is no module'),
         'list of modules': (listed, '_modules is no dictionary'),
         'another class': (edm, "class EDMPrecond; only EDM2's Precond"),
