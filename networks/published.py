@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dnnlib.errors import UserError
@@ -256,7 +255,7 @@ def find_encoder(encoder: Any, config: NetworkConfig) -> str:
     scale = SIGMA_DATA / torch.tensor(LATENT_STD, dtype=torch.float64)
     for key, expected in (('scale', scale), ('bias', -scale * torch.tensor(LATENT_MEAN, dtype=torch.float64))):
         value = encoder.state.get(key)
-        if isinstance(value, np.ndarray | np.generic):
+        if hasattr(value, 'reshape'):  # an array
             value = value.reshape(-1)[:5].tolist()
         value, _ = _plain_value(value)
         if type(value) is not tuple or len(value) != len(expected):
