@@ -8,7 +8,7 @@ import click
 from tqdm import tqdm
 
 from dnnlib import cli
-from dnnlib.download import local_file
+from dnnlib.download import file_sha256, local_file
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder
 from dnnlib.parsing import parse_grid
@@ -16,7 +16,7 @@ from networks.denoiser import Denoiser
 from networks.encoders import Encoder, load_encoder
 from networks.files import NetworkInfo, load_network
 from networks.published_models import models_table, resolve_model
-from sampling.output import ImageWriter, file_hash, finish, image_name, is_complete, missing_seeds, prepare
+from sampling.output import ImageWriter, finish, image_name, is_complete, missing_seeds, prepare
 from sampling.pictures import check_trajectory, default_layout, draw_grid, draw_trajectory
 from sampling.pipeline import SamplerConfig, check_fit, choose_labels, count_evaluations, sample, trajectory
 from sampling.samplers import SAMPLERS, Churn
@@ -197,7 +197,7 @@ def load(
 
 def describe(path: str, info: NetworkInfo) -> dict[str, Any]:
     """What generation.json says of a network file."""
-    return {'file': path, 'sha256': file_hash(local_file(path)), **info.to_header()}
+    return {'file': path, 'sha256': file_sha256(local_file(path)), **info.to_header()}
 
 
 def check_encoders(info: NetworkInfo, guiding_info: NetworkInfo | None) -> None:

@@ -19,6 +19,7 @@ LOCAL_HOSTS = ('localhost', '127.0.0.1', '::1')  # the only ones that may be ask
 ATTEMPTS = 5
 PAUSE = 1.0  # seconds before the second attempt; twice as long before each further one
 TIMEOUTS = (15, 60)  # seconds to connect, and without a byte
+MOST_FOLDERS = 64
 CHUNK = 2**16  # less than this is lost where a connection breaks
 
 
@@ -72,7 +73,10 @@ def download(url: str, sha256: str | None = None, offline: bool = False) -> Path
 def _split(url: str) -> tuple[str, str | None]:
     """A URL's address, and the digest that its fragment gives."""
     address, _, fragment = url.partition('#')
-    parts = urllib.parse.urlsplit(address)
+    try:
+        parts = urllib.parse.urlsplit(address)
+    except ValueError as error:
+        raise UserError(f'{address} is no URL: {error}') from None
     if parts.scheme != 'https' and parts.hostname not in LOCAL_HOSTS:
         raise UserError(f'{address} is not encrypted; use https')
     if not parts.hostname or not Path(parts.path).name:
@@ -89,6 +93,8 @@ def _place(address: str) -> Path:
     if parts.query:
         folders.append('query-' + hashlib.sha256(parts.query.encode()).hexdigest()[:16])
     host = parts.netloc.rpartition('@')[2].replace(':', '-')
+    if len(folders) > MOST_FOLDERS:
+        raise UserError(f'{address[:100]}... has {len(folders)} folders in it, more than {MOST_FOLDERS}')
     for part in (host, *folders, name):
         if part in ('.', '..') or not part.isprintable() or set(part) & set('\\:') or len(part) > 200:
             raise UserError(f'{address} has {part[:50]!r} in it, which cannot be the name of a file')
@@ -125,7 +131,7 @@ def _fetch(address: str, path: Path, expected: str | None) -> None:
             if attempt == ATTEMPTS:
                 kept = f'; {part.stat().st_size} bytes are kept, run again to continue' if part.exists() else ''
                 raise UserError(f'{address} cannot be downloaded: {_reason(error)}{kept}') from None
-        except requests.RequestException as error:
+        except (requests.RequestException, ValueError) as error:  # the latter of hosts that cannot be
             raise UserError(f'{address} cannot be downloaded: {_reason(error)}') from None
         time.sleep(PAUSE * 2 ** (attempt - 1))
     digest = file_sha256(part)

@@ -80,8 +80,8 @@ class NetworkConfig:
             )
         if not 0 <= self.dropout < 1:
             found.append(f'dropout must be in [0, 1), not {self.dropout}')
-        if self.sigma_data <= 0:
-            found.append(f'sigma_data must be positive, not {self.sigma_data}')
+        if not 1 / LARGEST <= self.sigma_data <= LARGEST:  # its square must be a number, too
+            found.append(f'sigma_data must be between {1 / LARGEST:.0e} and {LARGEST:.0e}, not {self.sigma_data}')
         if self.block not in BRANCHES:
             found.append(unknown_choice('block', self.block, BRANCHES))
         return found or self._shape_problems()

@@ -162,7 +162,7 @@ def rebuild_config(args: Any, arguments: Any) -> NetworkConfig:
     Raises:
         UserError: with all that our networks cannot be, or that nobody knows.
     """
-    if type(arguments) is not dict or args not in ((), None):
+    if type(arguments) is not dict or not (args is None or (type(args) is tuple and not args)):
         raise UserError('the arguments of the network are missing')
     found, values = [], {}
     for name, value in arguments.items():
@@ -203,7 +203,7 @@ def find_tensors(net: PublishedObject) -> Iterator[tuple[str, PickledTensor]]:
         UserError: for modules or numbers that occur twice, so that the walk and what is read later are no larger
             than the file, and for values that do not belong there.
     """
-    modules, storages = set(), set()
+    modules, places = set(), set()
     left = [('', net)]
     while left:
         prefix, module = left.pop()
@@ -215,9 +215,13 @@ def find_tensors(net: PublishedObject) -> Iterator[tuple[str, PickledTensor]]:
                 continue
             if not isinstance(tensor, PickledTensor):
                 raise UserError(f'{_shown(prefix + name)} is no tensor')
-            if id(tensor.storage) in storages:
+            if not tensor.dtype.is_floating_point:
+                raise UserError(f'{_shown(prefix + name)} is of {tensor.dtype}, not of floating-point numbers')
+            place = tensor.storage.place()
+            if place in places:
                 raise UserError(f'{_shown(prefix + name)} shares its numbers with another tensor')
-            storages.add(id(tensor.storage))
+            if place is not None:
+                places.add(place)
             if not name.isprintable() or len(name) > 100:
                 raise UserError(f'a tensor has the name {_shown(prefix + name)}')
             yield prefix + name, tensor
@@ -251,7 +255,7 @@ def find_encoder(encoder: Any, config: NetworkConfig) -> str:
     scale = SIGMA_DATA / torch.tensor(LATENT_STD, dtype=torch.float64)
     for key, expected in (('scale', scale), ('bias', -scale * torch.tensor(LATENT_MEAN, dtype=torch.float64))):
         value = encoder.state.get(key)
-        if hasattr(value, 'tolist'):  # an array
+        if hasattr(value, 'reshape'):  # an array
             value = value.reshape(-1)[:5].tolist()
         value, _ = _plain_value(value)
         if type(value) is not tuple or len(value) != len(expected):

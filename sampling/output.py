@@ -6,9 +6,7 @@ DIR/dataset.json         classes, as in a data set, when all are there
 DIR/images.npz           instead of the PNGs, with --format=npz
 """
 
-import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,15 +34,6 @@ PENDING = 2  # batches that may wait for being written
 def image_name(seed: int, subdirs: bool) -> str:
     """`000123.png`, or `000000/000123.png` with a folder for every 1000 seeds."""
     return f'{seed // 1000:06d}/{seed:06d}.png' if subdirs else f'{seed:06d}.png'
-
-
-def file_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def prepare(folder: Path, record: dict[str, Any], skip_existing: bool = False, overwrite: bool = False) -> None:

@@ -4,6 +4,7 @@ The classes are stand-ins with the names that the published files use; as there,
 `torch_utils.persistence._reconstruct_persistent_obj` on a dict that carries Python source. Here that source raises.
 """
 
+import collections
 import contextlib
 import pickle
 import sys
@@ -30,7 +31,13 @@ BIAS = np.float32(0) - np.float32([5.81, 3.25, 0.12, -2.15]) * SCALE
 
 
 class EasyDict(dict):
-    """Takes the place of the class of that name."""
+    """Takes the place of the class of that name, whose items are attributes too."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 EasyDict.__module__, EasyDict.__qualname__ = 'dnnlib.util', 'EasyDict'
@@ -79,23 +86,37 @@ def arguments_of(net: Denoiser) -> dict:
     }
 
 
+# What else such modules have among their attributes: of every type, none of which the reader needs.
+ATTRIBUTES = {
+    'out_channels': 16,
+    'flavor': 'enc',
+    'resample_filter': [1, 1],
+    'conv_skip': None,
+    'attn_balance': 0.3,
+    'skip_scale': np.float64(0.5**0.5),
+    'sizes': (np.float32(1), {'a': (1, 2)}),
+}
+
+
 def stored(module: torch.nn.Module, dtype: torch.dtype, arguments: dict):
     """A module as the files hold it: published classes with their source, PyTorch's containers as they are."""
     own = {'config', 'precision', 'label_dim', 'groups', 'steps', 'flavor', 'resample_mode', 'dropout'}
     state = {name: value for name, value in module.__dict__.items() if name not in own}
-    state['_parameters'] = {
-        name: None if p is None else torch.nn.Parameter(p.detach().to(dtype), requires_grad=False)
+    # PyTorch of 2023, which wrote the files, had OrderedDicts here and the same hooks beside them as today.
+    state['_parameters'] = collections.OrderedDict(
+        (name, None if p is None else torch.nn.Parameter(p.detach().to(dtype), requires_grad=False))
         for name, p in module._parameters.items()
-    }
-    state['_buffers'] = {name: b.detach().to(dtype) for name, b in module._buffers.items()}
-    state['_modules'] = {
-        name: None if child is None else stored(child, dtype, {}) for name, child in module._modules.items()
-    }
+    )
+    state['_buffers'] = collections.OrderedDict((name, b.detach().to(dtype)) for name, b in module._buffers.items())
+    state['_modules'] = collections.OrderedDict(
+        (name, None if child is None else stored(child, dtype, {})) for name, child in module._modules.items()
+    )
     if isinstance(module, torch.nn.ModuleDict):
         container = torch.nn.ModuleDict()
         container.__dict__.update(state)
         return container
-    return Persistent(CLASSES[type(module).__name__], {'_init_args': (), '_init_kwargs': EasyDict(arguments), **state})
+    own = {'_init_args': (), '_init_kwargs': EasyDict(arguments)}
+    return Persistent(CLASSES[type(module).__name__], {**ATTRIBUTES, **own, **state})
 
 
 def encoder_of(name: str | None, **changes):

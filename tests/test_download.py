@@ -153,11 +153,18 @@ def test_nobody_there(server, monkeypatch):
         ('https://example.org/%2e%2e/x', 'cannot be the name'),
         ('https://example.org/x#sha256=12', '64 hexadecimal'),
         ('https://example.org/x#md5=12', '64 hexadecimal'),
+        ('https://[::1/x', 'is no URL: Invalid IPv6'),
+        ('https://example.org/' + 'a/' * 1000 + 'x', 'has 1000 folders'),
     ],
 )
 def test_urls_that_are_refused(url, message):
     with pytest.raises(UserError, match=message):
         download(url, offline=True)
+
+
+def test_hosts_that_cannot_be(server):
+    with pytest.raises(UserError, match='cannot be downloaded'):
+        download('https://a..b/x')
 
 
 def test_processes_that_start_together_download_once(server):

@@ -8,6 +8,7 @@ import random
 import signal
 import struct
 import sys
+import time
 import tracemalloc
 
 import numpy as np
@@ -293,7 +294,7 @@ BOMBS = {
     'marks': b'(' * COUNT + b'.',
     'copies of the top': b'N' + b'2' * COUNT + b'.',
     'memo': b'N' + b'\x94' * COUNT + b'.',
-    'memo by number': b'N' + b''.join(b'r' + struct.pack('<I', i * 1000) for i in range(COUNT // 5)) + b'.',
+    'memo by number': b'N' + b''.join(b'r' + struct.pack('<I', i * 5) for i in range(COUNT // 5)) + b'.',
     'integers': b'(' + b'J\x00\x00\x00\x70' * (COUNT // 2) + b't.',
     'keys': b'}(' + b''.join(b'M' + struct.pack('<H', i) + b'N' for i in range(65536)) * 4 + b'u.',
     'one wide character': b'X' + struct.pack('<I', 10**6) + '😀'.encode() + b'a' * (10**6 - 4) + b'.',
@@ -440,6 +441,38 @@ def test_memory_is_bounded_by_the_size_of_the_file(refuse, case, monkeypatch):
         assert tracemalloc.get_traced_memory()[1] < 1.2 * (2**20 + 4 * len(data))
     finally:
         tracemalloc.stop()
+
+
+# Files of a few hundred KB whose values are looked at again and again: time must not grow with the square of the size.
+QUADRATIC = {
+    'a call with many arguments': b'('
+    + b'N' * 100_000
+    + b'tq\x01'
+    + b'clib\nkeep\nq\x000'
+    + b'h\x00h\x01R0' * 20_000
+    + b'N.',
+    'memo places that collide': b'N' + b''.join(b'p%d\n' % (i * (2**61 - 1)) for i in range(20_000)) + b'.',
+    'equal keys of great length': b''.join(
+        b'X' + struct.pack('<I', 400_000) + b'a' * 400_000 + bytes([ord('q'), i]) + b'0' for i in range(2)
+    )
+    + b'}'
+    + b'h\x00Nsh\x01Ns' * 20_000
+    + b'.',
+}
+
+
+@pytest.mark.parametrize('case', QUADRATIC)
+def test_time_is_bounded_by_the_size_of_the_file(refuse, case, monkeypatch):
+    monkeypatch.setattr(pickle_machine, 'FREE_BYTES', 2**20)
+    start = time.process_time()
+    refuse(QUADRATIC[case], names={'lib.keep': lambda *args: None})
+    assert time.process_time() - start < 1
+
+
+def test_messages_are_one_line_of_text(refuse):
+    """What a file writes into an error, here as the name of an option, reaches no terminal as it is."""
+    message = refuse(ORDERED + b')}\x8c\x08a\n\x1b[31mbK\x01s\x92.')
+    assert message.isprintable() and r'a\n\x1b[31mb' in message
 
 
 @pytest.mark.parametrize('case', SHARING)

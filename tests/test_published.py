@@ -6,6 +6,8 @@ import json
 import pickle
 import re
 import signal
+import struct
+import time
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from tests import published_files as files
 from tests import test_pickles as hostile
 from tests.helpers import make_archive
 from tests.test_networks import close, golden_inputs, golden_net
-from torch_utils.pickled_tensors import TENSORS
+from torch_utils.pickled_tensors import TENSORS, Storage
 from torch_utils.pickles import read_pickle
 from training.config import from_preset
 from training.dataset import ImageDataset
@@ -196,6 +198,20 @@ def test_hostile_storages(case, refuse):
         assert 'asks for os.system' in message
 
 
+def test_a_storage_that_is_read_again_and_again(refuse, monkeypatch):
+    """Five pickles are read for each storage: a small file must not make that take long."""
+    monkeypatch.setattr('torch_utils.pickle_machine.FREE_BYTES', 2**20)
+    blob = BLOB.replace(b'\x80\x02}', b'\x80\x02' + b'N0' * 700 + b'}', 1)
+    data = b'\x80\x02ctorch.storage\n_load_from_bytes\nq\x00B' + struct.pack('<I', len(blob)) + blob + b'\x85q\x01'
+    assert isinstance(read_pickle(data + b'h\x00h\x01R.', TENSORS), Storage)
+    start = time.process_time()
+    assert 'more memory' in refuse(data + b'h\x00h\x01R0' * 10_000 + b'N.', names=TENSORS)
+    assert time.process_time() - start < 1
+    longer = blob.replace(b'N0', b'N0N0N0')
+    data = b'\x80\x02ctorch.storage\n_load_from_bytes\nB' + struct.pack('<I', len(longer)) + longer + b'\x85R.'
+    assert 'cut short' in refuse(data, names=TENSORS)
+
+
 SHAPES = {
     'beyond the end': (1, (8,), (1,)),
     'huge': (0, (2**40,), (1,)),
@@ -268,6 +284,9 @@ def test_missing_unknown_and_misshapen_tensors_are_listed(tmp_path):
         ({'model_channels': '16'}, 'model_channels is something else'),
         ({'model_channels': 16.0}, 'model_channels must be a whole number'),
         ({'sigma_data': float('nan')}, 'sigma_data must be a finite number'),
+        ({'sigma_data': 10**300}, 'sigma_data must be between'),
+        ({'sigma_data': 1e-300}, 'sigma_data must be between'),
+        ({'sigma_data': -0.5}, 'sigma_data must be between'),
         ({'label_dim': 11}, "emb_label.weight' has shape"),
         ({'num_blocks': 2}, 'is missing'),
     ],
@@ -288,6 +307,13 @@ def test_defaults_and_constants_of_the_constructor():
             rebuild_config(args, arguments)
 
 
+@pytest.mark.parametrize('args', [np.ones(3), np.ones(0), [], 0, ''], ids=repr)
+def test_positional_arguments_of_any_kind_are_refused(tmp_path, args):
+    content = files.content_of(tiny_net())
+    content['ema'].meta['state']['_init_args'] = args
+    refused(tmp_path, content, 'arguments of the network are missing')
+
+
 def structures() -> dict[str, tuple]:
     """Trees that no module makes."""
     loop, twice, shared = files.content_of(tiny_net()), files.content_of(tiny_net()), files.content_of(tiny_net())
@@ -298,12 +324,22 @@ def structures() -> dict[str, tuple]:
     shared['ema'].meta['state']['_parameters'] = {
         name: hostile.Reduced(rebuild, (storage, 0, (4,), (1,), False, collections.OrderedDict())) for name in 'ab'
     }
+    bytes_shared = files.content_of(tiny_net())
+    blob = blob_of(torch.ones(4096))
+    bytes_shared['ema'].meta['state']['_parameters'] = {
+        name: hostile.Reduced(
+            rebuild, (hostile.Reduced(torch.storage._load_from_bytes, (blob,)), 0, (4096,), (1,), False, {})
+        )
+        for name in 'ab'
+    }
     named = files.content_of(tiny_net())
     named['ema'].meta['state']['_parameters'] = {'a\nb': torch.ones(1)}
     odd = files.content_of(tiny_net())
     odd['ema'].meta['state']['_parameters'] = {'a': [1]}
     child = files.content_of(tiny_net())
     child['ema'].meta['state']['_modules']['a'] = 3
+    whole = files.content_of(tiny_net())
+    whole['ema'].meta['state']['_parameters'] = {'a': torch.ones(2, dtype=torch.int64)}
     listed = files.content_of(tiny_net())
     listed['ema'].meta['state']['_modules'] = [1]
     edm = files.content_of(tiny_net())
@@ -315,8 +351,10 @@ def structures() -> dict[str, tuple]:
         'loop': (loop, 'occurs twice|an object in an unknown form'),
         'twice': (twice, 'occurs twice'),
         'shared numbers': (shared, 'shares its numbers'),
+        'bytes read twice': (bytes_shared, 'shares its numbers'),
         'name of two lines': (named, r"name 'a\\nb'"),
         'no tensor': (odd, 'a is no tensor'),
+        'whole numbers': (whole, 'a is of torch.int64'),
         'no module': (child, 'a is no module'),
         'list of modules': (listed, '_modules is no dictionary'),
         'another class': (edm, "class EDMPrecond; only EDM2's Precond"),
@@ -354,6 +392,7 @@ def test_trees_that_no_module_makes(tmp_path, case):
         (files.encoder_of('StabilityVAEEncoder', bias=files.BIAS[:3]), 'no bias of 4 channels'),
         (files.encoder_of('StabilityVAEEncoder', scale=np.ones(1000)), 'no scale of 4 channels'),
         (files.encoder_of('StabilityVAEEncoder', scale='x'), 'no scale of 4 channels'),
+        (files.encoder_of('StabilityVAEEncoder', scale=b'x' * 5000), 'no scale of 4 channels'),
         (files.encoder_of('StabilityVAEEncoder', vae_name='other/vae'), 'another VAE'),
         (files.encoder_of('OtherEncoder'), r'encoder \(OtherEncoder\) is none of'),
         (None, r'encoder \(missing\) is none of'),
@@ -517,6 +556,43 @@ def test_presets_agree_with_their_names_and_the_recipes():
         if 'autog' in name:
             assert ('uncond' in model.gnet) == ('uncond' in name)
             assert describe_name(f'{model.gnet}.pkl')[0] == (2**28 if 'xxl' in name else 2**27)
+
+
+# Columns of the papers' tables, for the sizes in order.
+COLUMNS = {
+    'img512-{}-fid': ('.135 .130 .100 .085 .085 .070', '3.53 2.56 2.25 2.06 1.96 1.91', None),
+    'img512-{}-dino': ('.200 .190 .155 .155 .155 .150', '103.39 68.64 58.44 52.25 45.96 42.84', None),
+    'img512-{}-guid-fid': ('.045 .025 .030 .015 .020 .015', '2.91 2.23 2.01 1.88 1.85 1.81', '1.4 1.4 1.2 1.2 1.2 1.2'),
+    'img512-{}-guid-dino': (
+        '.150 .085 .015 .035 .030 .015',
+        '79.94 52.32 41.98 38.20 35.67 33.09',
+        '1.7 1.9 2.0 1.7 1.7 1.7',
+    ),
+}
+AUTOGUIDANCE = {  # EMA lengths of both networks, weight, result
+    'img512-s-autog-fid': (0.070, 0.125, 2.10, '1.34'),
+    'img512-s-autog-dino': (0.120, 0.165, 2.45, '36.67'),
+    'img512-xxl-autog-fid': (0.075, 0.155, 2.05, '1.25'),
+    'img512-xxl-autog-dino': (0.130, 0.205, 2.30, '24.18'),
+    'img512-s-uncond-autog-fid': (0.070, 0.110, 2.85, '3.86'),
+    'img512-s-uncond-autog-dino': (0.090, 0.125, 2.90, '90.39'),
+    'img64-s-autog-fid': (0.045, 0.110, 1.70, '1.01'),
+    'img64-s-autog-dino': (0.105, 0.175, 2.20, '31.85'),
+}
+
+
+def test_presets_have_the_numbers_of_the_papers():
+    for name, (stds, results, weights) in COLUMNS.items():
+        rows = zip(stds.split(), results.split(), (weights or '1 1 1 1 1 1').split(), strict=True)
+        for size, (std, result, weight) in zip(('xs', 's', 'm', 'l', 'xl', 'xxl'), rows, strict=True):
+            model = MODELS[f'edm2-{name.format(size)}']
+            assert (model.ema_std, model.result, model.guidance) == (f'0{std}', result, float(weight)), name
+    for name, (std, guide_std, weight, result) in AUTOGUIDANCE.items():
+        model = MODELS[f'edm2-{name}']
+        lengths = describe_name(f'{model.net}.pkl')[1], describe_name(f'{model.gnet}.pkl')[1]
+        assert (*lengths, model.guidance, model.result) == (std, guide_std, weight, result), name
+        guide = 'm' if 'xxl' in name else 'xs'
+        assert re.match(r'edm2-img\d+-([a-z]+)', model.gnet)[1] == guide
 
 
 def test_resolving_presets():

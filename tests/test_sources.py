@@ -14,6 +14,7 @@ import pytest
 from dnnlib.errors import UserError
 from training.archive import Archive
 from training.dataset_writer import encode_npy
+from training.packed_sources import open_cifar10
 from training.sources import open_source
 from training.transforms import normalize, to_uint8
 
@@ -169,6 +170,14 @@ def test_cifar10_runs_nothing(tmp_path, capsys):
     assert 'run!' not in capsys.readouterr().out
 
 
+def doubled(depth: int) -> list:
+    """A list that is 2^depth long when written out."""
+    value = [0]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
 @pytest.mark.parametrize(
     ('batches', 'message'),
     [
@@ -178,6 +187,9 @@ def test_cifar10_runs_nothing(tmp_path, capsys):
         ({'data_batch_1': batch([-1])}, 'does not hold CIFAR-10 as it should'),
         ({'data_batch_1': batch([3])}, 'does not hold CIFAR-10 as it should'),
         ({'data_batch_1': [1, 2]}, 'does not hold CIFAR-10 as it should'),
+        ({'data_batch_1': {b'data': [300] * 3072, b'labels': [0]}}, 'does not hold CIFAR-10 as it should'),
+        ({'data_batch_1': {**batch([0]), b'labels': [2**70]}}, 'does not hold CIFAR-10 as it should'),
+        ({'data_batch_1': {**batch([0]), b'labels': doubled(64)}}, 'does not hold CIFAR-10 as it should'),
         ({'data_batch_1': b'no pickle'}, 'data_batch_1'),
     ],
 )
@@ -186,6 +198,15 @@ def test_other_things_than_cifar10(tmp_path, batches, message):
     with pytest.raises(UserError) as caught:
         open_source(path)
     assert path in str(caught.value) and message in str(caught.value)
+
+
+def test_cifar10_of_claimed_size(tmp_path):
+    """A header that claims a terabyte allocates nothing."""
+    path, info = tmp_path / 'x.tar', tarfile.TarInfo('cifar-10-batches-py/data_batch_1')
+    info.size = 2**40
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    with pytest.raises(UserError, match='1099511627776 bytes'):
+        open_cifar10(str(path))
 
 
 def test_cut_cifar10(tmp_path):

@@ -22,7 +22,8 @@ OBJECT_BYTES = 64
 ENTRY_BYTES = 112  # of a dict or set, growth included
 LARGE_BYTES = 4096  # from here on, `views` makes no copies
 LONGEST_INT = 128  # bytes; conversion of longer ones to text takes quadratic time
-LONGEST_KEY = 2**61 - 1  # integers below this hash to themselves, so that no file can make all keys collide
+LARGEST_KEY = 2**61 - 1  # integers below this hash to themselves, so that no file can make all keys collide
+LONGEST_KEY = 1024  # characters; equal keys are compared to their ends, again and again where a file says so
 LINE_BYTES = 4096  # searched for a newline at a time
 
 
@@ -35,12 +36,14 @@ class Global:
 
     Args:
         name: `module.name` as in the file.
-        call: Makes the value. Its arguments come from the file: it must expect anything.
+        call: Makes the value. Its arguments come from the file: it must expect anything. An attribute `price` of it
+            is charged for each call in bytes, where a call takes more time than the size of its arguments tells.
     """
 
     def __init__(self, name: str, call: Callable[..., Any]):
         self.name = name
         self.call = call
+        self.price = getattr(call, 'price', 0)
 
 
 class Buildable:
@@ -126,7 +129,8 @@ class Machine:
             self.refuse(f'{error or type(error).__name__}'[:300])
 
     def refuse(self, problem: str) -> NoReturn:
-        """Stop here."""
+        """Stop here. A problem may quote the file: what would not show as one line of text is escaped."""
+        problem = problem if problem.isprintable() else ascii(problem)[1:-1]
         raise PickleRefusedError(f'{self.where} cannot be read: byte {self.at}: {problem}') from None
 
     def charge(self, count: int) -> None:
@@ -198,7 +202,13 @@ class Machine:
         return values
 
     def remember(self, place: int) -> None:
-        """Put the top of the stack into the memo."""
+        """Put the top of the stack into the memo.
+
+        Its places are numbers that the file chooses. Those that are no larger than the file cannot be many that hash
+        to the same, and each takes a byte or more to fill.
+        """
+        if not 0 <= place <= len(self.data):
+            self.refuse(f'it counts its values beyond its own size, to {place}')
         self.charge(ENTRY_BYTES)
         value = self.stack[-1]
         if isinstance(value, Buildable):
@@ -233,7 +243,8 @@ class Machine:
             self.refuse(f'{function.name} is called without a list of arguments')
         if options is not None and (type(options) is not dict or not all(type(key) is str for key in options)):
             self.refuse(f'{function.name} is called with options that have no names')
-        self.charge(OBJECT_BYTES + sum(map(weight, args)))
+        self.charge(function.price + OBJECT_BYTES + SLOT_BYTES * (len(args) + len(options or ())))
+        self.charge(sum(map(weight, args)))
         try:
             return function.call(*args, **(options or {}))
         except RecursionError:
@@ -286,13 +297,18 @@ def weight(value: Any, nested: bool = True) -> int:
 def check_key(key: Any) -> str | bytes | int | None:
     """Return a key of a dict or set.
 
-    Tuples may nest until hashing them overflows Python's stack, and numbers may be chosen to collide.
+    Tuples may nest until hashing them overflows Python's stack, numbers may be chosen to collide, and long text takes
+    long to compare.
 
     Raises:
-        TypeError: where it is neither text nor bytes nor a small integer.
+        TypeError: where it is neither short text nor bytes nor a small integer.
     """
-    if key is None or type(key) in (str, bytes, bool) or (type(key) is int and abs(key) < LONGEST_KEY):
+    if key is None or type(key) is bool or (type(key) is int and abs(key) < LARGEST_KEY):
         return key
+    if type(key) in (str, bytes):
+        if len(key) <= LONGEST_KEY:
+            return key
+        raise TypeError(f'a key of {len(key)} characters')
     raise TypeError(f'a {type(key).__name__} as a key of a dictionary or set')
 
 

@@ -31,7 +31,7 @@ def read_pickle(
     What it may hold: None, bool, int, float, str, bytes, list, tuple, dict, set, OrderedDict (read as dict), NumPy
     arrays and scalars of numbers, and values that the functions in `names` make. Text written by Python 2 comes as
     bytes, bytearrays come as bytes, arrays come with memory of their own in the machine's byte order. Keys of dicts
-    are text, bytes, None or integers.
+    are text or bytes (1024 at most), None or integers.
 
     Values may contain themselves, or share parts so often that they are astronomically large when written out: check
     the types of a value's parts before you print, compare or walk it.

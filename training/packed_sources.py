@@ -4,6 +4,7 @@ import functools
 import gzip
 import io
 import json
+import lzma
 import math
 import os
 import re
@@ -23,8 +24,17 @@ from training.archive import image_errors
 from training.source import InMemory, Source
 
 CIFAR10 = 'cifar-10-batches-py'
+LONGEST_NAMES = 2**16  # bytes of all classes together
+LARGEST_BATCH = 2**28  # bytes; those of CIFAR-10 have 31 MB
 TABLE_ENDINGS = ('.parquet', '.arrow')
-DAMAGES = (OSError, EOFError, zlib.error, tarfile.TarError, struct.error)  # what gzip and tarfile raise of broken files
+DAMAGES = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    tarfile.TarError,
+    struct.error,
+)  # what gzip and tarfile raise of broken files
 
 
 # --- CIFAR-10 ---
@@ -38,11 +48,17 @@ def open_cifar10(path: str) -> Source:
     """
     batches = _cifar10_members(path)
     try:
-        images = np.concatenate([np.asarray(batch[b'data'], np.uint8).reshape(-1, 3, 32, 32) for batch, _ in batches])
+        for batch, meta in batches:  # before NumPy sees them: lists within lists could keep it busy forever
+            _check_types([batch[b'data']], np.ndarray)
+            _check_types(batch[b'labels'], int)
+            _check_types(meta[b'label_names'], bytes)
+            assert sum(map(len, meta[b'label_names'])) <= LONGEST_NAMES
+        images = np.concatenate([batch[b'data'].astype(np.uint8, casting='safe') for batch, _ in batches])
+        images = images.reshape(-1, 3, 32, 32)
         labels = np.concatenate([np.asarray(batch[b'labels'], np.int64) for batch, _ in batches])
-        names = [str(name, 'utf-8') for name in batches[0][1][b'label_names']]
+        names = [name.decode() for name in meta[b'label_names']]
         assert len(images) == len(labels) > 0 and labels.min() >= 0 and labels.max() < len(names)
-    except (KeyError, TypeError, ValueError, AssertionError):
+    except (KeyError, TypeError, ValueError, OverflowError, AssertionError):
         raise UserError(f'{path} does not hold CIFAR-10 as it should') from None
     return Source(
         name='cifar-10',
@@ -54,6 +70,12 @@ def open_cifar10(path: str) -> Source:
     )
 
 
+def _check_types(values: Any, kind: type) -> None:
+    """Make sure that values from a pickle are a list of one kind."""
+    if type(values) is not list or any(type(value) is not kind for value in values):
+        raise TypeError(f'no list of {kind.__name__}')
+
+
 def _cifar10_members(path: str) -> list[tuple[dict, dict]]:
     """The training batches in order, each with batches.meta."""
     found: dict[str, Any] = {}
@@ -62,6 +84,8 @@ def _cifar10_members(path: str) -> list[tuple[dict, dict]]:
             for member in archive:
                 base = member.name.removeprefix('./')
                 if re.fullmatch(rf'{CIFAR10}/(data_batch_\d|batches\.meta)', base) and member.isfile():
+                    if member.size > LARGEST_BATCH:  # a header may claim anything, and zeros compress well
+                        raise UserError(f'{path}: {base} has {member.size} bytes; it does not belong there')
                     data = archive.extractfile(member).read()
                     found[base.split('/')[1]] = read_pickle(data, where=f'{path}/{base}')
             while archive.fileobj.read(1 << 20):  # to the end, where gzip keeps its checksum
