@@ -82,7 +82,8 @@ def convert(
 
     Labels are those of the source's dataset.json if it has one; else each class folder is a class, numbered in sorted
     order. Images are turned upright (EXIF). Grayscale and RGB stay what they are; palettes and CMYK become RGB;
-    transparency is laid over white; 16-bit grayscale is refused. All images must have one size and one mode after that.
+    transparency is laid over white; grayscale of 16 or 32 bits is refused. All images must have one size and one mode
+    after that.
 
     The dataset appears whole or not at all, and equal input gives equal bytes. After Ctrl-C or an error, what was done
     of a large one can be gone on with (--resume).

@@ -49,6 +49,22 @@ def test_postscript_is_not_run(tmp_path):
         source.read(0)
 
 
+def test_a_broken_file_of_a_rarer_format_is_named(tmp_path):
+    """Pillow's readers of some formats (BLP, DDS, AVIF) raise NotImplementedError and RuntimeError."""
+    path = tmp_path / 'a.blp'
+    PIL.Image.new('P', (8, 8)).save(path)
+    path.write_bytes(path.read_bytes()[:4] + struct.pack('<i', 99) + path.read_bytes()[8:])
+    with pytest.raises(UserError, match=f'{path} cannot be decoded: Unknown BLP compression 99'):
+        open_source(str(tmp_path)).read(0)
+
+
+def test_floats_of_unknown_scale_are_refused(tmp_path):
+    """Taken for 0-255, a picture on the usual scale 0-1 would come out black."""
+    PIL.Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / 'a.tif')
+    with pytest.raises(UserError, match=f'{tmp_path}/a.tif has pixels of mode F; convert it to 8-bit'):
+        open_source(str(tmp_path)).read(0)
+
+
 def test_npy_images_are_a_source(tmp_path):
     pixels = RNG.integers(0, 256, (2, 3, 5, 4), dtype=np.uint8)
     (tmp_path / 'a.npy').write_bytes(encode_npy(pixels[0]))

@@ -177,7 +177,7 @@ def image_errors(where: str, formats: Sequence[str] = FORMATS) -> Iterator[None]
         raise UserError(f'{where} is damaged or of another format than {", ".join(formats)}') from None
     except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError) as error:
         raise UserError(f'{where} has too many pixels: {error}') from None
-    except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, zlib.error) as error:
+    except (OSError, SyntaxError, ValueError, LookupError, EOFError, RuntimeError, struct.error, zlib.error) as error:
         raise UserError(f'{where} cannot be decoded: {error}') from None
 
 

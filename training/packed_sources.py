@@ -308,10 +308,13 @@ def load_image(data: bytes, where: str) -> PIL.Image.Image:
     """Decode an image file whole; of several pictures in it, the first.
 
     Raises:
-        UserError: naming it as `where`, where it is damaged, of an unknown format, or a decompression bomb.
+        UserError: naming it as `where`, where it is damaged, of an unknown format, a decompression bomb, or of floats,
+            the scale of which nothing says.
     """
     formats = sorted(set(source_formats().values()))
     with image_errors(where, formats):
         image = PIL.Image.open(io.BytesIO(data), formats=formats)
         image.load()
-        return image
+    if image.mode == 'F':
+        raise UserError(f'{where} has pixels of mode F; convert it to 8-bit grayscale or RGB first')
+    return image
