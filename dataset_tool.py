@@ -141,11 +141,11 @@ def encode(
     problems = _dest_problems(dest, overwrite, resume)
     if problems:
         raise UserError(problems)
-    if _is_whole(dest, resume):
-        return
-    dataset = ImageDataset(source)
-    chosen = distributed.init(device)
-    try:
+    with distributed.session(device) as chosen:
+        if _is_whole(dest, resume):
+            return
+        make_folder(Path(dest).parent)
+        dataset = ImageDataset(source)
         encoder = load_encoder('stabilityvae', chosen, vae)
         name = Path(vae).resolve().name if vae else DEFAULT_VAE
         workers = min(default_workers(len(dataset)), 4) if workers is None else workers
@@ -157,8 +157,6 @@ def encode(
         if statistics:
             print(f'{dest}: {len(dataset)} images of {shape_text(height // 8, width // 8, LATENT_CHANNELS)}')
             print('\n'.join(statistics.lines()))
-    finally:
-        distributed.close()
 
 
 @main.command()
@@ -238,7 +236,7 @@ def _is_whole(dest: str, resume: bool) -> bool:
     whole = resume and (path.is_file() or (path.is_dir() and any(path.iterdir())))
     if whole and work_folder(dest).exists():
         raise UserError(f'{dest} exists, and {work_folder(dest)} of a stopped run too; remove one of them')
-    if whole:
+    if whole and distributed.rank() == 0:
         print(f'{dest} is there already, nothing to go on with')
     return whole
 
