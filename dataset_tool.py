@@ -1,5 +1,6 @@
 """Make datasets for training, and look at them."""
 
+import itertools
 import json
 import re
 import shutil
@@ -175,12 +176,12 @@ def info(source: str, sheet: str | None, workers: int | None) -> None:
     columns, on_sheet = _sheet_layout(images) if sheet else (0, [])
     dataset = ImageDataset(source) if images.names[0].lower().endswith(NPY) else None
     if dataset and dataset.encoder != 'rgb':
-        statistics, kept = latent_statistics(dataset, set(on_sheet))
+        statistics, kept = latent_statistics(dataset, set(on_sheet) - {None})
         _, height, width = dataset.image_shape
         shape, lines = shape_text(height, width, LATENT_CHANNELS), statistics.lines()
     else:
         workers = default_workers(len(images)) if workers is None else workers
-        pixels = pixel_statistics(images, set(on_sheet), workers)
+        pixels = pixel_statistics(images, set(on_sheet) - {None}, workers)
         scaled = f'mean {pixels.mean / 127.5 - 1:.3f}, std {pixels.std / 127.5:.3f}'
         lines = [f'pixels: mean {pixels.mean:.2f}, std {pixels.std:.2f} of 255; scaled to -1..1: {scaled}']
         shape, kept = shape_text(*pixels.shape), pixels.kept
@@ -190,9 +191,10 @@ def info(source: str, sheet: str | None, workers: int | None) -> None:
         print(f'made with: {json.dumps(images.made_with)}')
     print('\n'.join(class_lines(images.labels, images.class_names)))
     if sheet:
-        pictures = np.stack([kept[i] for i in on_sheet])
+        blank = np.full_like(next(iter(kept.values())), 128)  # as the gaps are
+        pictures = np.stack([blank if i is None else kept[i] for i in on_sheet])
         save_png(sheet, image_grid(pictures, columns, zoom=max(1, 64 // pictures.shape[2])))
-        print(f'{sheet}: {len(pictures)} of the images')
+        print(f'{sheet}: {len(kept)} of the images')
 
 
 def _check_convert(
@@ -264,11 +266,17 @@ def _hint(writer: DatasetWriter) -> Iterator[None]:
         raise
 
 
-def _sheet_layout(source: Source, rows: int = 10) -> tuple[int, list[int]]:
-    """Columns of the contact sheet and the images on it, row by row: a column per class where the classes are few."""
-    classes = 1 if source.labels is None else len(np.unique(source.labels))
-    columns = classes if 2 <= classes <= 20 else 10
-    return columns, balanced_order(source)[: columns * rows]
+def _sheet_layout(source: Source, rows: int = 10) -> tuple[int, list[int | None]]:
+    """Columns of the contact sheet and the images on it, row by row: a column per class where the classes are few.
+
+    A class of fewer images than the others leaves places empty, None.
+    """
+    order = balanced_order(source)
+    classes = [] if source.labels is None else np.unique(source.labels).tolist()
+    if not 2 <= len(classes) <= 20:
+        return 10, order[: 10 * rows]
+    columns = [list(itertools.islice((i for i in order if source.labels[i] == label), rows)) for label in classes]
+    return len(columns), list(itertools.chain.from_iterable(itertools.zip_longest(*columns)))
 
 
 if __name__ == '__main__':

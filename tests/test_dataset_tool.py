@@ -400,9 +400,12 @@ def test_info(tmp_path, photos, capsys):
     assert f'mean {scaled.mean():.3f}, std {scaled.std():.3f}\n' in output
     assert 'class 0: 4 images\nclass 1: 2 images\nclass 2: 6 images\n' in output
     sheet = np.asarray(PIL.Image.open(tmp_path / 'sheets' / 'sheet.png'))
-    assert sheet.shape == (4 * (48 + 2) - 2, 3 * (64 + 2) - 2, 3)
+    assert sheet.shape == (6 * (48 + 2) - 2, 3 * (64 + 2) - 2, 3)
     classes = [{6, 7, 8, 9}, {10, 11}, {0, 1, 2, 3, 4, 5}]  # by their red, in columns
-    assert all(sheet[y, 66 * k, 0] in classes[k] for k in range(3) for y in (0, 50))
+    rows = [[sheet[50 * row, 66 * k, 0] for k in range(3)] for row in range(6)]
+    for k, column in enumerate(zip(*rows, strict=True)):
+        assert set(column) - {128} == classes[k] and set(column[: len(classes[k])]) == classes[k]  # 128 is empty
+    assert f'{tmp_path}/sheets/sheet.png: 12 of the images' in output
 
 
 def test_info_reads_sources_too(photos, capsys):
