@@ -306,7 +306,8 @@ def write_table(arrow, path, content):
 @pytest.mark.parametrize('ending', ['.parquet', '-stream.arrow', '.arrow'])
 @pytest.mark.parametrize('nested', [True, False])
 def test_tables(tmp_path, arrow, ending, nested):
-    features = {'image': {'_type': 'Image'}, 'label': {'names': ['ant', 'bee'], '_type': 'ClassLabel'}}
+    other = {'names': ['one'], '_type': 'ClassLabel'}  # of another column
+    features = {'image': {'_type': 'Image'}, 'size': other, 'label': {'names': ['ant', 'bee'], '_type': 'ClassLabel'}}
     contents = [table(arrow, labels, i, nested=nested, features=features) for i, labels in enumerate([[0, 1] * 4, [1]])]
     for i, content in enumerate(contents):
         write_table(arrow, tmp_path / 'data' / f'train-{i:05d}-of-00002{ending}', content)
@@ -331,7 +332,15 @@ def test_broken_tables(tmp_path, arrow):
     write_table(arrow, path, table(arrow, [0], images=[b'no image']))
     with pytest.raises(UserError, match=f'{path}:0 is damaged'):
         open_source(str(path)).read(0)
-    path.write_bytes(path.read_bytes()[:-20])
+    write_table(arrow, path, table(arrow, [0, 2], features={'label': {'names': ['ant', 'bee']}}))
+    with pytest.raises(UserError, match=f'{path} has labels up to 2, but names for 2 classes'):
+        open_source(str(path))
+    path = tmp_path / 'y.parquet'  # a process keeps what it read of a table
+    whole = write_table(arrow, path, table(arrow, [0, 1])).read_bytes()
+    path.write_bytes(whole[:4] + bytes(40) + whole[44:])
+    with pytest.raises(UserError, match=f'{path} is cut short or damaged'):
+        open_source(str(path)).read(0)
+    path.write_bytes(whole[:-20])
     with pytest.raises(UserError, match=f'{path} is cut short or damaged'):
         open_source(str(path))
     stream = write_table(arrow, tmp_path / 'x-stream.arrow', table(arrow, [0, 1, 1]))
