@@ -51,7 +51,8 @@ class Archive:
     Attributes:
         path: As given.
         files: All of them, sorted by name.
-        folders: Below a folder, where it was looked into: '' and names that end in `/`.
+        folders: Below a folder, where it was looked into, '' and names that end in `/`; and their times, see
+            `list_folder`.
 
     Raises:
         UserError: where `path` does not exist, is not a zip, is a damaged zip, or its links form a loop.
@@ -60,7 +61,7 @@ class Archive:
 
     def __init__(self, path: str | os.PathLike, files: FileTable | None = None):
         self.path = os.fspath(path)
-        self.folders: list[str] = []
+        self.folders: dict[str, int] = {}
         self._file = -1
         if not Path(self.path).exists():
             raise UserError(f'{self.path} does not exist')
