@@ -91,7 +91,7 @@ def convert(
 
     \b
     python dataset_tool.py convert --source=digits --dest=data/digits.zip --resolution=16
-    python dataset_tool.py convert --source=photos/ --dest=data/photos-64x64.zip --resolution=64 --transform=center-crop
+    python dataset_tool.py convert --source=pictures/ --dest=data/pictures64.zip --resolution=64 --transform=center-crop
     python dataset_tool.py convert --source=imagenet --dest=data/img64.zip --resolution=64x64 \\
         --transform=center-crop-dhariwal
     """
@@ -99,6 +99,7 @@ def convert(
     if _is_whole(dest, resume):
         return
     images = open_source(source)
+    _note_namesake(source)
     recipe = Recipe(size, transform, color or images.color, format_, keep_jpeg)
     indices = range(len(images))
     if max_images is not None:
@@ -173,6 +174,7 @@ def info(source: str, sheet: str | None, workers: int | None) -> None:
     if sheet:
         make_folder(Path(sheet).parent)
     images = open_source(source)
+    _note_namesake(source)
     columns, on_sheet = _sheet_layout(images) if sheet else (0, [])
     dataset = ImageDataset(source) if images.names[0].lower().endswith(NPY) else None
     if dataset and dataset.encoder != 'rgb':
@@ -214,6 +216,13 @@ def _check_convert(
     if problems:
         raise UserError(problems)
     return size
+
+
+def _note_namesake(source: str) -> None:
+    """Where the name of an embedded set is that of a folder, too, say which one was taken."""
+    if source in EMBEDDED and Path(source).exists():
+        what = f'--source={source} is the embedded set; for {source} in this folder write ./{source}'
+        click.echo(f'note: {what}', err=True)
 
 
 def _dest_problems(dest: str, overwrite: bool, resume: bool) -> list[str]:

@@ -415,6 +415,18 @@ def test_info_reads_sources_too(photos, capsys):
     assert '1797 images of 8x8 grayscale, 0.0 MB' in capsys.readouterr().out
 
 
+def test_a_folder_named_as_an_embedded_set(tmp_path, capsys, monkeypatch):
+    save(tmp_path / 'digits' / 'a.png')
+    monkeypatch.chdir(tmp_path)
+    tool('info', '--source=digits')
+    streams = capsys.readouterr()
+    assert '1797 images' in streams.out and 'note: --source=digits is the embedded set; for digits in' in streams.err
+    for source in ('./digits', 'digits/'):
+        tool('info', f'--source={source}')
+        streams = capsys.readouterr()
+        assert ': 1 images' in streams.out and streams.err == ''
+
+
 def test_many_classes_are_cut_short(tmp_path, capsys):
     for i in range(25):
         save(tmp_path / 'photos' / f'{i:02d}' / 'a.png')
