@@ -228,6 +228,8 @@ def _note_namesake(source: str) -> None:
 def _dest_problems(dest: str, overwrite: bool, resume: bool) -> list[str]:
     """What is in the way of writing to `dest`."""
     path, problems = Path(dest), []
+    if path.name in ('', '..'):  # there would be no place beside it to work in
+        problems.append(f'--dest={dest} has no name of its own; name a new folder, or a zip')
     if resume and overwrite:
         problems.append('--resume goes on, --overwrite begins anew; choose one')
     if is_zip_name(dest) and path.is_file() and not (overwrite or resume):
