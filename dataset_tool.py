@@ -1,5 +1,6 @@
 """Make datasets for training, and look at them."""
 
+import itertools
 import json
 import re
 import shutil
@@ -82,14 +83,15 @@ def convert(
 
     Labels are those of the source's dataset.json if it has one; else each class folder is a class, numbered in sorted
     order. Images are turned upright (EXIF). Grayscale and RGB stay what they are; palettes and CMYK become RGB;
-    transparency is laid over white; 16-bit grayscale is refused. All images must have one size and one mode after that.
+    transparency is laid over white; grayscale of 16 or 32 bits is refused. All images must have one size and one mode
+    after that.
 
     The dataset appears whole or not at all, and equal input gives equal bytes. After Ctrl-C or an error, what was done
     of a large one can be gone on with (--resume).
 
     \b
     python dataset_tool.py convert --source=digits --dest=data/digits.zip --resolution=16
-    python dataset_tool.py convert --source=photos/ --dest=data/photos-64x64.zip --resolution=64 --transform=center-crop
+    python dataset_tool.py convert --source=pictures/ --dest=data/pictures64.zip --resolution=64 --transform=center-crop
     python dataset_tool.py convert --source=imagenet --dest=data/img64.zip --resolution=64x64 \\
         --transform=center-crop-dhariwal
     """
@@ -97,6 +99,7 @@ def convert(
     if _is_whole(dest, resume):
         return
     images = open_source(source)
+    _note_namesake(source)
     recipe = Recipe(size, transform, color or images.color, format_, keep_jpeg)
     indices = range(len(images))
     if max_images is not None:
@@ -140,11 +143,11 @@ def encode(
     problems = _dest_problems(dest, overwrite, resume)
     if problems:
         raise UserError(problems)
-    if _is_whole(dest, resume):
-        return
-    dataset = ImageDataset(source)
-    chosen = distributed.init(device)
-    try:
+    with distributed.session(device) as chosen:
+        if _is_whole(dest, resume):
+            return
+        make_folder(Path(dest).parent)
+        dataset = ImageDataset(source)
         encoder = load_encoder('stabilityvae', chosen, vae)
         name = Path(vae).resolve().name if vae else DEFAULT_VAE
         workers = min(default_workers(len(dataset)), 4) if workers is None else workers
@@ -156,8 +159,6 @@ def encode(
         if statistics:
             print(f'{dest}: {len(dataset)} images of {shape_text(height // 8, width // 8, LATENT_CHANNELS)}')
             print('\n'.join(statistics.lines()))
-    finally:
-        distributed.close()
 
 
 @main.command()
@@ -173,15 +174,16 @@ def info(source: str, sheet: str | None, workers: int | None) -> None:
     if sheet:
         make_folder(Path(sheet).parent)
     images = open_source(source)
+    _note_namesake(source)
     columns, on_sheet = _sheet_layout(images) if sheet else (0, [])
     dataset = ImageDataset(source) if images.names[0].lower().endswith(NPY) else None
     if dataset and dataset.encoder != 'rgb':
-        statistics, kept = latent_statistics(dataset, set(on_sheet))
+        statistics, kept = latent_statistics(dataset, set(on_sheet) - {None})
         _, height, width = dataset.image_shape
         shape, lines = shape_text(height, width, LATENT_CHANNELS), statistics.lines()
     else:
         workers = default_workers(len(images)) if workers is None else workers
-        pixels = pixel_statistics(images, set(on_sheet), workers)
+        pixels = pixel_statistics(images, set(on_sheet) - {None}, workers)
         scaled = f'mean {pixels.mean / 127.5 - 1:.3f}, std {pixels.std / 127.5:.3f}'
         lines = [f'pixels: mean {pixels.mean:.2f}, std {pixels.std:.2f} of 255; scaled to -1..1: {scaled}']
         shape, kept = shape_text(*pixels.shape), pixels.kept
@@ -191,9 +193,10 @@ def info(source: str, sheet: str | None, workers: int | None) -> None:
         print(f'made with: {json.dumps(images.made_with)}')
     print('\n'.join(class_lines(images.labels, images.class_names)))
     if sheet:
-        pictures = np.stack([kept[i] for i in on_sheet])
+        blank = np.full_like(next(iter(kept.values())), 128)  # as the gaps are
+        pictures = np.stack([blank if i is None else kept[i] for i in on_sheet])
         save_png(sheet, image_grid(pictures, columns, zoom=max(1, 64 // pictures.shape[2])))
-        print(f'{sheet}: {len(pictures)} of the images')
+        print(f'{sheet}: {len(kept)} of the images')
 
 
 def _check_convert(
@@ -215,9 +218,18 @@ def _check_convert(
     return size
 
 
+def _note_namesake(source: str) -> None:
+    """Where the name of an embedded set is that of a folder, too, say which one was taken."""
+    if source in EMBEDDED and Path(source).exists():
+        what = f'--source={source} is the embedded set; for {source} in this folder write ./{source}'
+        click.echo(f'note: {what}', err=True)
+
+
 def _dest_problems(dest: str, overwrite: bool, resume: bool) -> list[str]:
     """What is in the way of writing to `dest`."""
     path, problems = Path(dest), []
+    if path.name in ('', '..'):  # there would be no place beside it to work in
+        problems.append(f'--dest={dest} has no name of its own; name a new folder, or a zip')
     if resume and overwrite:
         problems.append('--resume goes on, --overwrite begins anew; choose one')
     if is_zip_name(dest) and path.is_file() and not (overwrite or resume):
@@ -237,7 +249,7 @@ def _is_whole(dest: str, resume: bool) -> bool:
     whole = resume and (path.is_file() or (path.is_dir() and any(path.iterdir())))
     if whole and work_folder(dest).exists():
         raise UserError(f'{dest} exists, and {work_folder(dest)} of a stopped run too; remove one of them')
-    if whole:
+    if whole and distributed.rank() == 0:
         print(f'{dest} is there already, nothing to go on with')
     return whole
 
@@ -265,11 +277,17 @@ def _hint(writer: DatasetWriter) -> Iterator[None]:
         raise
 
 
-def _sheet_layout(source: Source, rows: int = 10) -> tuple[int, list[int]]:
-    """Columns of the contact sheet and the images on it, row by row: a column per class where the classes are few."""
-    classes = 1 if source.labels is None else len(np.unique(source.labels))
-    columns = classes if 2 <= classes <= 20 else 10
-    return columns, balanced_order(source)[: columns * rows]
+def _sheet_layout(source: Source, rows: int = 10) -> tuple[int, list[int | None]]:
+    """Columns of the contact sheet and the images on it, row by row: a column per class where the classes are few.
+
+    A class of fewer images than the others leaves places empty, None.
+    """
+    order = balanced_order(source)
+    classes = [] if source.labels is None else np.unique(source.labels).tolist()
+    if not 2 <= len(classes) <= 20:
+        return 10, order[: 10 * rows]
+    columns = [list(itertools.islice((i for i in order if source.labels[i] == label), rows)) for label in classes]
+    return len(columns), list(itertools.chain.from_iterable(itertools.zip_longest(*columns)))
 
 
 if __name__ == '__main__':

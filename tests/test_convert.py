@@ -1,5 +1,6 @@
 """Conversions that stop, go on, run in parallel or pass over images (training/convert.py, dataset_writer.py)."""
 
+import errno
 import fcntl
 import json
 import os
@@ -330,6 +331,17 @@ def test_two_processes_at_one_dataset(tmp_path):
         with pytest.raises(UserError, match=r'x.zip is being written by another process'):
             DatasetWriter(tmp_path / 'x.zip')
         assert work_folder(tmp_path / 'x.zip').exists()
+
+
+def test_a_file_system_that_locks_no_folders(tmp_path, monkeypatch):
+    """NFS refuses an exclusive lock of what is not open for writing, as folders never are."""
+
+    def refuse(*_):
+        raise OSError(errno.EBADF, 'Bad file descriptor')
+
+    monkeypatch.setattr(fcntl, 'flock', refuse)
+    convert('digits', tmp_path / 'x.zip', '--max-images=10')
+    assert len(ImageDataset(tmp_path / 'x.zip')) == 10 and [path.name for path in tmp_path.iterdir()] == ['x.zip']
 
 
 def test_ctrl_c_and_going_on_as_a_user_does(tmp_path, many):

@@ -103,6 +103,23 @@ def test_a_changed_folder_is_looked_through_again(tmp_path, scans, monkeypatch, 
     assert (after.fingerprint == before.fingerprint) == (how == 'new folder')
 
 
+def test_a_folder_that_changes_while_it_is_looked_through(tmp_path, scans, monkeypatch):
+    monkeypatch.setattr(dataset_index, 'KEEP_FROM', 1)
+    path = make(tmp_path / 'data')
+    (path / 'dataset.json').unlink()
+    os.utime(path / '00000', (1, 1))
+    make_index = dataset_index._make
+
+    def copy_meanwhile(archive):
+        (path / '00000' / 'zzz.png').write_bytes((path / '00000' / 'img00000003.png').read_bytes())
+        return make_index(archive)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_index, '_make', copy_meanwhile)
+        assert len(ImageDataset(path)) == COUNT
+    assert len(ImageDataset(path)) == COUNT + 1
+
+
 @pytest.mark.parametrize('damage', ['cut', 'empty', 'other', 'old'])
 def test_a_damaged_index_is_made_anew(path, scans, damage):
     whole = ImageDataset(path)

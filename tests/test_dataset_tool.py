@@ -300,6 +300,9 @@ def test_bad_photo_is_named_and_leaves_nothing(tmp_path, photos, capsys, kind, d
         (['--source=digits', '--dest={here}/text'], '{here}/text is a file'),
         (['--source=digits', '--dest={here}/text.zip'], '{here}/text.zip exists; add --overwrite'),
         (['--source=digits', '--dest={here}/folder.zip'], '{here}/folder.zip is a folder'),
+        (['--source=digits', '--dest=.'], '--dest=. has no name of its own'),
+        (['--source=digits', '--dest='], '--dest= has no name of its own'),
+        (['--source='], '--source= is neither a file nor a folder'),
         (['--source=digits', '--dest={here}/text/x.zip'], '{here}/text: '),
         ([], "Missing option '--source'"),
     ],
@@ -400,9 +403,12 @@ def test_info(tmp_path, photos, capsys):
     assert f'mean {scaled.mean():.3f}, std {scaled.std():.3f}\n' in output
     assert 'class 0: 4 images\nclass 1: 2 images\nclass 2: 6 images\n' in output
     sheet = np.asarray(PIL.Image.open(tmp_path / 'sheets' / 'sheet.png'))
-    assert sheet.shape == (4 * (48 + 2) - 2, 3 * (64 + 2) - 2, 3)
+    assert sheet.shape == (6 * (48 + 2) - 2, 3 * (64 + 2) - 2, 3)
     classes = [{6, 7, 8, 9}, {10, 11}, {0, 1, 2, 3, 4, 5}]  # by their red, in columns
-    assert all(sheet[y, 66 * k, 0] in classes[k] for k in range(3) for y in (0, 50))
+    rows = [[sheet[50 * row, 66 * k, 0] for k in range(3)] for row in range(6)]
+    for k, column in enumerate(zip(*rows, strict=True)):
+        assert set(column) - {128} == classes[k] and set(column[: len(classes[k])]) == classes[k]  # 128 is empty
+    assert f'{tmp_path}/sheets/sheet.png: 12 of the images' in output
 
 
 def test_info_reads_sources_too(photos, capsys):
@@ -410,6 +416,18 @@ def test_info_reads_sources_too(photos, capsys):
     assert 'class 1 (bee): 2 images' in capsys.readouterr().out
     tool('info', '--source=digits')
     assert '1797 images of 8x8 grayscale, 0.0 MB' in capsys.readouterr().out
+
+
+def test_a_folder_named_as_an_embedded_set(tmp_path, capsys, monkeypatch):
+    save(tmp_path / 'digits' / 'a.png')
+    monkeypatch.chdir(tmp_path)
+    tool('info', '--source=digits')
+    streams = capsys.readouterr()
+    assert '1797 images' in streams.out and 'note: --source=digits is the embedded set; for digits in' in streams.err
+    for source in ('./digits', 'digits/'):
+        tool('info', f'--source={source}')
+        streams = capsys.readouterr()
+        assert ': 1 images' in streams.out and streams.err == ''
 
 
 def test_many_classes_are_cut_short(tmp_path, capsys):

@@ -205,19 +205,32 @@ def test_two_ranks_encode_the_same_as_one(tmp_path, run_script):
 
 def test_the_command(tmp_path, images, monkeypatch):
     monkeypatch.setattr(dataset_tool, 'load_encoder', lambda name, device, vae: StabilityVAEEncoder(ColorVAE()))
-    args = ['encode', f'--source={images.path}', f'--dest={tmp_path}/x.zip', '--vae=some/colors']
+    args = ['encode', f'--source={images.path}', f'--dest={tmp_path}/new/x.zip', '--vae=some/colors']
     result = CliRunner().invoke(dataset_tool.main, args, catch_exceptions=False)
     assert 'writing 13 images of images as latents, about 0.0 MB' in result.output
-    assert 'x.zip: 13 images of 3x2 latents\nnormalised latents: mean' in result.output
-    args = ['info', f'--source={tmp_path}/x.zip', f'--sheet={tmp_path}/sheet.png']
+    assert 'new/x.zip: 13 images of 3x2 latents\nnormalised latents: mean' in result.output
+    args = ['info', f'--source={tmp_path}/new/x.zip', f'--sheet={tmp_path}/sheet.png']
     result = CliRunner().invoke(dataset_tool.main, args, catch_exceptions=False)
     assert 'x.zip: 13 images of 3x2 latents' in result.output and 'class 0: 5 images' in result.output
     assert 'normalised latents: mean' in result.output and '"vae": "colors"' in result.output
     with PIL.Image.open(tmp_path / 'sheet.png') as sheet:
         assert sheet.mode == 'RGB'
-    args = ['convert', f'--source={tmp_path}/x.zip', f'--dest={tmp_path}/y.zip']
+    args = ['convert', f'--source={tmp_path}/new/x.zip', f'--dest={tmp_path}/y.zip']
     result = CliRunner().invoke(dataset_tool.main, args)
     assert 'x.zip/00000/img00000000.npy holds latents; only images can be converted' in str(result.exception)
+
+
+def test_an_error_leaves_the_other_ranks_where_they_are(tmp_path, images, monkeypatch):
+    """Taking leave of ranks that wait for this one would hide its error behind theirs (`distributed.session`)."""
+    closed = []
+    monkeypatch.setattr('torch_utils.distributed.close', lambda: closed.append(1))
+    monkeypatch.setattr(dataset_tool, 'load_encoder', lambda name, device, vae: StabilityVAEEncoder(ColorVAE()))
+    convert = ['convert', f'--source={images.path}', f'--dest={tmp_path}/gray.zip', '--color=gray']
+    assert CliRunner().invoke(dataset_tool.main, convert).exit_code == 0
+    for name, count in (('gray.zip', 0), ('images.zip', 1)):
+        args = ['encode', f'--source={tmp_path}/{name}', f'--dest={tmp_path}/x.zip']
+        result = CliRunner().invoke(dataset_tool.main, args)
+        assert len(closed) == count and (result.exit_code == 0) == bool(count)
 
 
 # --- Drawing ---

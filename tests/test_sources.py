@@ -50,6 +50,22 @@ def test_postscript_is_not_run(tmp_path):
         source.read(0)
 
 
+def test_a_broken_file_of_a_rarer_format_is_named(tmp_path):
+    """Pillow's readers of some formats (BLP, DDS, AVIF) raise NotImplementedError and RuntimeError."""
+    path = tmp_path / 'a.blp'
+    PIL.Image.new('P', (8, 8)).save(path)
+    path.write_bytes(path.read_bytes()[:4] + struct.pack('<i', 99) + path.read_bytes()[8:])
+    with pytest.raises(UserError, match=f'{path} cannot be decoded: Unknown BLP compression 99'):
+        open_source(str(tmp_path)).read(0)
+
+
+def test_floats_of_unknown_scale_are_refused(tmp_path):
+    """Taken for 0-255, a picture on the usual scale 0-1 would come out black."""
+    PIL.Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / 'a.tif')
+    with pytest.raises(UserError, match=f'{tmp_path}/a.tif has pixels of mode F; convert it to 8-bit'):
+        open_source(str(tmp_path)).read(0)
+
+
 def test_npy_images_are_a_source(tmp_path):
     pixels = RNG.integers(0, 256, (2, 3, 5, 4), dtype=np.uint8)
     (tmp_path / 'a.npy').write_bytes(encode_npy(pixels[0]))
@@ -311,7 +327,8 @@ def write_table(arrow, path, content):
 @pytest.mark.parametrize('ending', ['.parquet', '-stream.arrow', '.arrow'])
 @pytest.mark.parametrize('nested', [True, False])
 def test_tables(tmp_path, arrow, ending, nested):
-    features = {'image': {'_type': 'Image'}, 'label': {'names': ['ant', 'bee'], '_type': 'ClassLabel'}}
+    other = {'names': ['one'], '_type': 'ClassLabel'}  # of another column
+    features = {'image': {'_type': 'Image'}, 'size': other, 'label': {'names': ['ant', 'bee'], '_type': 'ClassLabel'}}
     contents = [table(arrow, labels, i, nested=nested, features=features) for i, labels in enumerate([[0, 1] * 4, [1]])]
     for i, content in enumerate(contents):
         write_table(arrow, tmp_path / 'data' / f'train-{i:05d}-of-00002{ending}', content)
@@ -336,7 +353,15 @@ def test_broken_tables(tmp_path, arrow):
     write_table(arrow, path, table(arrow, [0], images=[b'no image']))
     with pytest.raises(UserError, match=f'{path}:0 is damaged'):
         open_source(str(path)).read(0)
-    path.write_bytes(path.read_bytes()[:-20])
+    write_table(arrow, path, table(arrow, [0, 2], features={'label': {'names': ['ant', 'bee']}}))
+    with pytest.raises(UserError, match=f'{path} has labels up to 2, but names for 2 classes'):
+        open_source(str(path))
+    path = tmp_path / 'y.parquet'  # a process keeps what it read of a table
+    whole = write_table(arrow, path, table(arrow, [0, 1])).read_bytes()
+    path.write_bytes(whole[:4] + bytes(40) + whole[44:])
+    with pytest.raises(UserError, match=f'{path} is cut short or damaged'):
+        open_source(str(path)).read(0)
+    path.write_bytes(whole[:-20])
     with pytest.raises(UserError, match=f'{path} is cut short or damaged'):
         open_source(str(path))
     stream = write_table(arrow, tmp_path / 'x-stream.arrow', table(arrow, [0, 1, 1]))

@@ -96,6 +96,13 @@ def test_something_may_lie_before_a_zip(tmp_path):
     assert contents(path) == FILES
 
 
+def test_something_may_lie_before_a_large_one(tmp_path):
+    whole = write(tmp_path / 'a.zip', {f'{i:05d}.png': b'x' for i in range(65536)}).read_bytes()
+    (tmp_path / 'b.zip').write_bytes(b'PK and a program that unpacks it' + whole)
+    entries = read_directory(tmp_path / 'b.zip')
+    assert len(entries.names) == 65536 and entries.offsets[0] == 32
+
+
 def test_names_of_the_first_pcs(tmp_path):
     path = tmp_path / 'x.zip'
     with zipfile.ZipFile(path, 'w') as file:

@@ -51,7 +51,8 @@ class Archive:
     Attributes:
         path: As given.
         files: All of them, sorted by name.
-        folders: Below a folder, where it was looked into: '' and names that end in `/`.
+        folders: Below a folder, where it was looked into, '' and names that end in `/`; and their times, see
+            `list_folder`.
 
     Raises:
         UserError: where `path` does not exist, is not a zip, is a damaged zip, or its links form a loop.
@@ -60,7 +61,7 @@ class Archive:
 
     def __init__(self, path: str | os.PathLike, files: FileTable | None = None):
         self.path = os.fspath(path)
-        self.folders: list[str] = []
+        self.folders: dict[str, int] = {}
         self._file = -1
         if not Path(self.path).exists():
             raise UserError(f'{self.path} does not exist')
@@ -177,7 +178,7 @@ def image_errors(where: str, formats: Sequence[str] = FORMATS) -> Iterator[None]
         raise UserError(f'{where} is damaged or of another format than {", ".join(formats)}') from None
     except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError) as error:
         raise UserError(f'{where} has too many pixels: {error}') from None
-    except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, zlib.error) as error:
+    except (OSError, SyntaxError, ValueError, LookupError, EOFError, RuntimeError, struct.error, zlib.error) as error:
         raise UserError(f'{where} cannot be decoded: {error}') from None
 
 

@@ -67,7 +67,7 @@ def open_index(path: str | os.PathLike) -> DatasetIndex:
     index = _make(archive)
     if len(index.files) < KEEP_FROM:
         return index
-    state = before if archive.folders == [] else describe_state(path, archive.folders)
+    state = {**before, 'folders': archive.folders} if archive.folders else before  # all from before it was read
     with contextlib.suppress(OSError):  # read-only, full: every process makes its own
         _save(index, state, index_path(path))
     return _load(path) or index  # mapped into memory, what was made can be freed

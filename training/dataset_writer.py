@@ -147,7 +147,7 @@ class DatasetWriter:
         return self.folder / JOURNAL
 
     def _take_folder(self) -> None:
-        """Make the folder, or take one that was left; no other process may be at it."""
+        """Make the folder, or take one that was left; no other process may be at it (where the file system tells)."""
         with contextlib.suppress(FileExistsError):
             self.folder.mkdir()
         self._lock = os.open(self.folder, os.O_RDONLY)
@@ -157,6 +157,8 @@ class DatasetWriter:
             os.close(self._lock)
             self._lock = -1
             raise UserError(f'{self.dest} is being written by another process') from None
+        except OSError:  # network file systems that know no locks, or none of folders (NFS)
+            pass
 
     def _read_journal(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """What to go on from, None to begin anew."""

@@ -174,7 +174,10 @@ class TableImages:
         """The image's file, as it lies in the table."""
         part = int(np.searchsorted(self.starts, index, side='right')) - 1
         which, group = self.parts[part]
-        cell = _table_part(self.files[which], group, self.column)[index - self.starts[part]].as_py()
+        try:
+            cell = _table_part(self.files[which], group, self.column)[index - self.starts[part]].as_py()
+        except (_pyarrow().ArrowException, OSError) as error:
+            raise _damaged_table(self.files[which], error) from None
         data = cell.get('bytes') if isinstance(cell, dict) else cell
         if not data:
             raise UserError(f'{self.files[which]}:{index} has no image')
@@ -238,12 +241,12 @@ def open_tables(path: str) -> Source:
     starts, parts, labels, count, column, names = [], [], [], 0, None, None
     for i, file in enumerate(files):
         try:
-            schema, lengths, classes, here = _read_columns(file)
+            named, lengths, classes, here = _read_columns(file)
         except (arrow.ArrowException, OSError) as error:
-            raise UserError(f'{file} is cut short or damaged: {error}'.splitlines()[0]) from None
+            raise _damaged_table(file, error) from None
         if here != (column or here):
             raise UserError(f'{file} has its images in {here!r}, but {files[0]} in {column!r}')
-        column, names = here, names or _class_names(schema)
+        column, names = here, names or named
         for group, length in enumerate(lengths):
             starts.append(count)
             parts.append((i, group))
@@ -253,12 +256,15 @@ def open_tables(path: str) -> Source:
         raise UserError(f'{path} holds no images')
     if any(part is None for part in labels) and any(part is not None for part in labels):
         raise UserError(f'{path}: some tables have labels, others none')
+    labels = None if labels[0] is None else np.concatenate(labels)
+    if labels is not None and names and labels.max() >= len(names):
+        raise UserError(f'{path} has labels up to {labels.max()}, but names for {len(names)} classes')
     images = TableImages(tuple(files), column, tuple(starts), tuple(parts))
     return Source(
         name=Path(path).resolve().name,
         names=[f'{files[which]}:{i}' for (which, _), start, end in zip(parts, starts, [*starts[1:], count], strict=True)
                for i in range(start, end)],
-        labels=None if labels[0] is None else np.concatenate(labels),
+        labels=labels,
         class_names=names,
         read=images,
         bytes_on_disk=sum(Path(file).stat().st_size for file in files),
@@ -266,8 +272,15 @@ def open_tables(path: str) -> Source:
     )  # fmt: skip
 
 
-def _read_columns(file: str) -> tuple[Any, list[int], np.ndarray | None, str]:
-    """Schema, rows of each part, class indices and name of the image column of a table."""
+def _damaged_table(file: str, error: Exception) -> Exception:
+    """What to say of a table that cannot be read; pyarrow's errors of damage are OSErrors without a number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, os.strerror(error.errno), file)
+    return UserError(f'{file} is cut short or damaged: {error}'.splitlines()[0])
+
+
+def _read_columns(file: str) -> tuple[list[str] | None, list[int], np.ndarray | None, str]:
+    """Names of the classes, rows of each part, class indices and name of the image column of a table."""
     arrow = _pyarrow()
     if file.endswith('.parquet'):
         table = _pyarrow('parquet').ParquetFile(file)
@@ -291,7 +304,7 @@ def _read_columns(file: str) -> tuple[Any, list[int], np.ndarray | None, str]:
     if len(images) != 1 or (len(whole) > 1 and chosen == whole):
         raise UserError(f'{file} has the columns {", ".join(schema.names)}; one of images and a `label` are needed')
     if not chosen:
-        return schema, lengths, None, images[0]
+        return None, lengths, None, images[0]
     if file.endswith('.parquet'):
         column = table.read(columns=[chosen[0]]).column(0)
     else:
@@ -299,16 +312,15 @@ def _read_columns(file: str) -> tuple[Any, list[int], np.ndarray | None, str]:
     classes = np.array(column.to_pylist(), dtype=object)
     if any(type(label) is not int or label < 0 for label in classes):
         raise UserError(f'{file} has labels in `{chosen[0]}` that are not whole numbers from 0 up')
-    return schema, lengths, classes.astype(np.int64), images[0]
+    return _class_names(schema, chosen[0]), lengths, classes.astype(np.int64), images[0]
 
 
-def _class_names(schema: Any) -> list[str] | None:
-    """Names of the classes, where the `datasets` library has noted them."""
+def _class_names(schema: Any, column: str) -> list[str] | None:
+    """Names of the classes in a column, where the `datasets` library has noted them."""
     try:
         features = json.loads(schema.metadata[b'huggingface'])['info']['features']
-        names = next(feature['names'] for feature in features.values() if 'names' in feature)
-        return [str(name) for name in names]
-    except (TypeError, KeyError, ValueError, StopIteration, AttributeError):
+        return [str(name) for name in features[column]['names']]
+    except (TypeError, KeyError, ValueError):
         return None
 
 
@@ -332,10 +344,13 @@ def load_image(data: bytes, where: str) -> PIL.Image.Image:
     """Decode an image file whole; of several pictures in it, the first.
 
     Raises:
-        UserError: naming it as `where`, where it is damaged, of an unknown format, or a decompression bomb.
+        UserError: naming it as `where`, where it is damaged, of an unknown format, a decompression bomb, or of floats,
+            the scale of which nothing says.
     """
     formats = sorted(set(source_formats().values()))
     with image_errors(where, formats):
         image = PIL.Image.open(io.BytesIO(data), formats=formats)
         image.load()
-        return image
+    if image.mode == 'F':
+        raise UserError(f'{where} has pixels of mode F; convert it to 8-bit grayscale or RGB first')
+    return image

@@ -24,7 +24,7 @@ def open_source(source: str) -> Source:
     Raises:
         UserError: where there is no such source, or it cannot be used.
     """
-    exists = Path(source).exists()
+    exists = bool(source) and Path(source).exists()  # Path('') is the current folder
     for kind in SOURCES.values():
         if kind.embedded == source or (exists and kind.takes(source)):
             return kind.open(source)

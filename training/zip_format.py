@@ -88,6 +88,8 @@ def _find_directory(data: mmap.mmap) -> tuple[int, int, int]:
     after = end  # what follows the directory
     if end >= LOCATOR64.size and data[end - LOCATOR64.size :][:4] == b'PK\6\7':
         _, _, end64, _ = LOCATOR64.unpack_from(data, end - LOCATOR64.size)
+        if data[end64 : end64 + 4] != b'PK\6\6':  # moved by what lies before the zip
+            end64 = max(0, end - LOCATOR64.size - END64.size)
         if data[end64 : end64 + 4] != b'PK\6\6':
             raise DamagedZipError('it has no zip64 directory where it says')
         *_, count, size, offset = END64.unpack_from(data, end64)
