@@ -22,7 +22,7 @@ from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, load_network, save_network
 from sampling.pipeline import SamplerConfig, generate
-from tests.helpers import random_inception
+from tests.helpers import make_latents, random_inception
 from torch_utils.tensor_files import TensorFile, save_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,7 @@ def data(tmp_path_factory) -> Path:
     write_images(folder / 'bare', images[400:410])
     write_images(folder / 'single', images[:1], labels[:1])
     write_images(folder / 'colour', np.zeros((5, 8, 8, 3), np.uint8))
+    make_latents(folder / 'latents.zip', 5)
     (folder / 'empty').mkdir()
     write_images(folder / 'broken', images[:6])
     (folder / 'broken/000003.png').write_bytes(b'no picture')
@@ -144,6 +145,11 @@ def test_batch_size_does_not_matter(run, tmp_path):
         ('calc --images=mixed --ref=REF', '000002.png is 9x8 grayscale, but 000000.png is 8x8 grayscale'),
         ('calc --images=broken --ref=REF', '000003.png is damaged'),
         ('calc --images=TEXT.npz --ref=REF', 'text.safetensors.npz'),
+        ('calc --images=latents.zip --ref=real', 'latents holds latents (encoder stabilityvae), and metrics measure'),
+        ('calc --images=made --ref=latents.zip', 'latents holds latents'),
+        ('calc --images=latents.zip --ref=REF --repeats=5', 'latents 0-0 holds latents'),
+        ('compare latents.zip latents.zip', 'latents holds latents'),
+        ('ref --data=latents.zip --dest=DIR/new.safetensors', 'latents holds latents'),
         ('compare made single', 'single has 1 image'),
         ('compare made', "Missing argument 'B'"),
         ('calc --images=made --ref=REF --device=tpu9', "unknown device 'tpu9'"),
