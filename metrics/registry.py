@@ -1,6 +1,6 @@
 """The table of metrics, and their evaluation from what one pass over each set of images has left."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,10 +274,17 @@ def _unlike(images: ImageSet, real: ImageSet) -> list[str]:
             f'{images.name} is {format_shape(images.image_shape)}, the reference {real.name} '
             f'{format_shape(real.image_shape)}: the resize is part of what is measured'
         )
-    ours, theirs = (which.made_with.get('transform') for which in (images, real))
+    ours, theirs = (_transform(which.made_with) for which in (images, real))
     if ours and theirs and ours != theirs:
         found.append(f'{images.name} was made with the transform {ours}, the reference {real.name} with {theirs}')
     return found
+
+
+def _transform(made_with: Mapping[str, Any]) -> str | None:
+    """The last transform that changed the pixels: a data set may have been made from one that was transformed."""
+    while made_with.get('transform') == 'none' and isinstance(made_with.get('before'), dict):
+        made_with = made_with['before']
+    return made_with.get('transform')
 
 
 def summarize(metrics: dict[str, Metric], runs: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import calculate_metrics
+import dataset_tool
 import metrics.inception
 from dnnlib import cli
 from metrics.detectors import PixelDetector
@@ -109,6 +110,23 @@ def test_reference_file_and_archive_give_the_same(run, tmp_path):
         assert run('calc', '--images=made', f'--ref={ref}', f'--json={tmp_path / "out.json"}')[0] == 0
         numbers.append(json.loads((tmp_path / 'out.json').read_text())['metrics'])
     assert numbers[0] == numbers[1] == numbers[2]
+
+
+def test_other_transform_is_warned_about(run, data, tmp_path):
+    """Two archives of dataset_tool.py, one of them through a reference file."""
+    for name in ('center-crop', 'center-crop-dhariwal'):
+        with pytest.raises(SystemExit) as ending:
+            arguments = ['convert', '--source=real', f'--dest={tmp_path / name}.zip', '--resolution=4']
+            dataset_tool.main([*arguments, f'--transform={name}'])
+        assert ending.value.code == 0
+    reference = tmp_path / 'ref.safetensors'
+    assert run('ref', f'--data={tmp_path}/center-crop.zip', f'--dest={reference}')[0] == 0
+    assert TensorFile(reference).header['images']['made_with']['transform'] == 'center-crop'
+    log = f'--log={tmp_path / "log"}'
+    code, _, err = run('calc', f'--images={tmp_path}/center-crop-dhariwal.zip', f'--ref={reference}', log)
+    assert code == 0 and 'transform center-crop-dhariwal, the reference center-crop with center-crop' in err
+    code, _, err = run('calc', f'--images={tmp_path}/center-crop.zip', f'--ref={reference}', log)
+    assert code == 0 and 'transform' not in err
 
 
 def test_batch_size_does_not_matter(run, tmp_path):

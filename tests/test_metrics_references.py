@@ -252,6 +252,16 @@ def test_other_shapes_and_transforms_are_warned_about(enough):
     assert 'transform none, the reference real with center-crop' in transform
 
 
+def test_transforms_are_seen_through_later_conversions(enough):
+    """What only changes the file format notes `none`, and what it was made from before."""
+    crop = {'transform': 'center-crop', 'format': 'png'}
+    packed = {'transform': 'none', 'format': 'npy', 'before': {'transform': 'none', 'before': crop}}
+    assert warnings_of(gathered(enough[0], made_with=packed), gathered(enough[1], made_with=crop)) == []
+    other = gathered(enough[1], name='real', made_with={'transform': 'center-crop-dhariwal'})
+    (warning,) = warnings_of(gathered(enough[0], made_with=packed), other)
+    assert 'transform center-crop, the reference real with center-crop-dhariwal' in warning
+
+
 def test_few_images_are_counted(enough):
     (warning,) = warnings_of(gathered(enough[0][:2047]), gathered(enough[1]))
     assert '2047 images of some' in warning and 'fid' in warning
