@@ -32,6 +32,7 @@ from metrics.registry import (
     needs_of,
     reference_problems,
     select_metrics,
+    set_warnings,
     summarize,
 )
 from networks.encoders import load_encoder
@@ -297,6 +298,8 @@ def ref(chosen: dict[str, Metric], start, data: str, dest: Path):
             save_reference(dest, real)
             kinds = ', '.join(f'{need.detector}/{need.collector.kind}' for need in real.collected)
             click.echo(f'{dest}: {kinds} of {about.count} images of {about.name}')
+            for warning in set_warnings(real):
+                click.echo(f'warning: {warning}', err=True)
 
 
 def open_images(path: str) -> Images:

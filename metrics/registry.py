@@ -236,22 +236,24 @@ def evaluate(metrics: dict[str, Metric], real: Gathered | None, images: Gathered
     return {'metrics': results, 'detectors': images.identities, 'warnings': _warnings(metrics, real, images)}
 
 
-def _warnings(metrics: dict[str, Metric], real: Gathered | None, images: Gathered) -> list[str]:
-    both = [images] if real is None else [images, real]
-    found = [
-        f'{which.about.name}: {which.about.jpegs} of {which.about.count} images are JPEGs; compression alone moves '
-        'these metrics, measure PNGs'
-        for which in both
-        if which.about.jpegs
-    ]
-    found += [
-        f'{which.about.name}: {which.duplicates} of {which.about.count} images are copies of others in it'
-        for which in both
-        if which.duplicates
-    ]
-    if real is not None:
-        found = _few(metrics, images.about, real.about) + found + _unlike(images.about, real.about)
+def set_warnings(which: Gathered) -> list[str]:
+    """What there is to say of one set of images: JPEGs and copies in it."""
+    found, about = [], which.about
+    if about.jpegs:
+        found.append(
+            f'{about.name}: {about.jpegs} of {about.count} images are JPEGs; compression alone moves these metrics, '
+            'measure PNGs'
+        )
+    if which.duplicates:
+        found.append(f'{about.name}: {which.duplicates} of {about.count} images are copies of others in it')
     return found
+
+
+def _warnings(metrics: dict[str, Metric], real: Gathered | None, images: Gathered) -> list[str]:
+    if real is None:
+        return set_warnings(images)
+    few, unlike = _few(metrics, images.about, real.about), _unlike(images.about, real.about)
+    return few + set_warnings(images) + set_warnings(real) + unlike
 
 
 def _few(metrics: dict[str, Metric], images: ImageSet, real: ImageSet) -> list[str]:

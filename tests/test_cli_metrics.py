@@ -129,6 +129,16 @@ def test_other_transform_is_warned_about(run, data, tmp_path):
     assert code == 0 and 'transform' not in err
 
 
+def test_copies_in_a_reference_are_told_of_when_it_is_made_and_used(run, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8), dtype=np.uint8)
+    folder = write_images(tmp_path / 'twice', images[[*range(9), 0, 1]])
+    reference = tmp_path / 'ref.safetensors'
+    code, _, err = run('ref', f'--data={folder}', f'--dest={reference}')
+    assert code == 0 and err == 'warning: twice: 2 of 11 images are copies of others in it\n'
+    code, _, err = run('calc', '--images=made', f'--ref={reference}', f'--log={tmp_path / "log"}')
+    assert code == 0 and 'twice: 2 of 11 images are copies' in err
+
+
 def test_batch_size_does_not_matter(run, tmp_path):
     values = []
     for batch in (1000, 7):
