@@ -112,7 +112,7 @@ def measuring(default: str, results: bool = True) -> Callable:
         @functools.wraps(command)
         def run(metrics, inception, dinov2, any_weights, batch, workers, device, json=None, log=None, **flags):
             chosen = select_metrics(metrics.split(','))
-            options = DetectorOptions(inception, dinov2, any_weights)
+            options = DetectorOptions(inception, dinov2, any_weights, flags.get('offline', False))
 
             @contextlib.contextmanager
             def start() -> Iterator[Setup]:
@@ -226,6 +226,8 @@ def gen(chosen, start, net_path, gnet_path, ref, seeds, repeats, classes, offlin
     """
     config = sampler_config(flags)
     seeds = list(dict.fromkeys(seeds))
+    if ref is not None:
+        local_file(ref, offline)
     with start() as setup:
         net, info = load_network(net_path, setup.device, precision, offline)
         guiding_net, guiding_info = (net, info) if gnet_path == 'self' else (None, None)

@@ -507,6 +507,18 @@ def test_generated_images_are_those_of_generate(run, network, tmp_path):
         assert numbers['fd_pixels']['value'] == pytest.approx(stored, rel=1e-9)
 
 
+def test_offline_downloads_neither_weights_nor_references(run, network, tmp_path, monkeypatch):
+    monkeypatch.setenv('EDM2PLUS_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.delenv('EDM2PLUS_INCEPTION', raising=False)
+    for arguments, file in (
+        (['--ref=real', '--metrics=fid'], metrics.inception.FILE),
+        (['--ref=https://localhost/img64.pkl'], 'img64.pkl'),
+    ):
+        code, out, err = run('gen', f'--net={network}', '--seeds=0-9', '--offline', *arguments)
+        assert (code, out, err.count('\n')) == (2, '', 1)
+        assert f'{file} is not in the download cache' in err and '--offline forbids' in err
+
+
 def test_mistakes_about_networks(run, network, tmp_path):
     for arguments, problem in (
         (['--class=10'], 'classes must be between 0 and 9'),
