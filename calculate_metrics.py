@@ -117,13 +117,10 @@ def measuring(default: str, results: bool = True) -> Callable:
             @contextlib.contextmanager
             def start() -> Iterator[Setup]:
                 """Join torchrun's processes, if there are any, load the detectors, and leave in the end."""
-                try:
-                    place = distributed.init(device)
+                with distributed.session(device) as place:
                     detectors = load_detectors((need.detector for need in needs_of(chosen)), place, options)
                     decoders = (GPU_WORKERS if place.type == 'cuda' else 0) if workers is None else workers
                     yield Setup(chosen, place, detectors, batch, decoders, json, log)
-                finally:
-                    distributed.close()
 
             return command(chosen, start, **flags)
 
