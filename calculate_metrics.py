@@ -162,8 +162,6 @@ def calc(chosen: dict[str, Metric], start, path: str, ref: str | None, repeats: 
     check_early(chosen, describe(parts[0]), ref)
     with start() as setup:
         reference = open_reference(setup, ref, describe(parts[0]))
-        prepare_output(setup)
-        note_memory(setup, reference, describe(parts[0]))
         gathered = (setup.gather(describe(part), setup.read(part, part.name)) for part in parts)
         report(setup, reference, ref, gathered, {'path': path, 'generation': find_generation(path)})
 
@@ -184,8 +182,6 @@ def compare(chosen: dict[str, Metric], start, first: str, second: str):
     check_early(chosen, describe(images), first)
     with start() as setup:
         reference = open_reference(setup, first, describe(images))
-        prepare_output(setup)
-        note_memory(setup, reference, describe(images))
         gathered = [setup.gather(describe(images), setup.read(images, images.name))]
         report(setup, reference, first, gathered, {'path': second, 'generation': find_generation(second)})
 
@@ -238,8 +234,6 @@ def gen(chosen, start, net_path, gnet_path, ref, seeds, repeats, classes, offlin
         about = ImageSet(Path(net_path).name, len(seeds), made_shape(info), info.config.label_dim)
         check_early(chosen, about, ref)
         reference = open_reference(setup, ref, about)
-        prepare_output(setup)
-        note_memory(setup, reference, about)
         runs = [[seed + k * (max(seeds) - min(seeds) + 1) for seed in seeds] for k in range(repeats)]
         gathered = (setup.gather(about, made(make, run, setup.batch)) for run in runs)
         source = {
@@ -291,7 +285,7 @@ def ref(chosen: dict[str, Metric], start, data: str, dest: Path):
     with start() as setup:
         if distributed.rank() == 0:
             make_folder(dest.parent)
-        note_memory(setup, None, about)
+        note_memory(setup, about.count, None, about.image_shape)
         real = setup.gather(about, setup.read(images, 'data set'), reference=True)
         if distributed.rank() == 0:
             save_reference(dest, real)
@@ -353,31 +347,39 @@ def check_early(metrics: dict[str, Metric], images: ImageSet, ref: str | None) -
 
 
 def open_reference(setup: Setup, ref: str | None, images: ImageSet) -> Gathered | None:
-    """Load a reference file, or gather what the metrics need of a data set; refuse what `images` cannot be held to."""
+    """Load a reference file, or gather what the metrics need of a data set; refuse what `images` cannot be held to.
+
+    Before the first image is read, it makes the folders of results and says what memory will be taken.
+    """
     if ref is None:
+        prepare(setup, None, images)
         return None
     path, needs = str(local_file(ref)), needs_of(setup.metrics, reference=True)
     if is_file_of_statistics(path):
         load = load_reference if path.endswith(SUFFIX) else load_published
         reference = load(path, needs, setup.detectors)
         check_sets(setup.metrics, reference.about, images)
+        prepare(setup, reference.about, images)
         return reference
     dataset = open_images(path)
-    return setup.gather(describe(dataset), setup.read(dataset, 'reference'), reference=True)
+    about = describe(dataset)
+    prepare(setup, about, images)
+    return setup.gather(about, setup.read(dataset, 'reference'), reference=True)
 
 
-def prepare_output(setup: Setup) -> None:
-    """Find out that results cannot be written before the images are read, not after."""
+def prepare(setup: Setup, real: ImageSet | None, images: ImageSet) -> None:
+    """Find out before images are read, not after, that results cannot be written; say what memory will be taken."""
     for path in (setup.json, setup.log):
         if path is not None and distributed.rank() == 0:
             make_folder(path.parent)
+    note_memory(setup, real and real.count, images.count, images.image_shape)
 
 
-def note_memory(setup: Setup, reference: Gathered | None, images: ImageSet) -> None:
+def note_memory(setup: Setup, num_real: int | None, num_images: int | None, image_shape: tuple[int, int, int]) -> None:
     """Say what metrics that keep features will take."""
-    sizes = {name: detector.num_features(images.image_shape) for name, detector in setup.detectors.items()}
+    sizes = {name: detector.num_features(image_shape) for name, detector in setup.detectors.items()}
     if distributed.rank() == 0:
-        for note in memory_notes(setup.metrics, (images.count, reference and reference.about.count), sizes):
+        for note in memory_notes(setup.metrics, num_real, num_images, sizes):
             click.echo(note, err=True)
 
 

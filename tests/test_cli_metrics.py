@@ -139,6 +139,13 @@ def test_copies_in_a_reference_are_told_of_when_it_is_made_and_used(run, tmp_pat
     assert code == 0 and 'twice: 2 of 11 images are copies' in err
 
 
+def test_reference_is_not_read_before_it_is_known_that_results_can_be_written(run, monkeypatch, tmp_path):
+    (tmp_path / 'file').touch()
+    monkeypatch.setattr(calculate_metrics, 'gather', None)
+    code, _, err = run('calc', '--images=made', '--ref=real', f'--json={tmp_path}/file/out.json')
+    assert code == 2 and f'{tmp_path}/file' in err
+
+
 def test_batch_size_does_not_matter(run, tmp_path):
     values = []
     for batch in (1000, 7):

@@ -277,9 +277,14 @@ def test_metrics_without_a_reference():
 
 
 def test_memory_is_told_before_it_is_taken():
-    (note,) = memory_notes(select_metrics(['fid', 'kid', 'precision_recall']), (50_000, 1_281_167), {'inception': 2048})
+    chosen = select_metrics(['fid', 'kid', 'precision_recall'])
+    note, more = memory_notes(chosen, 1_281_167, 50_000, {'inception': 2048})
     assert note == 'kid, precision_recall: keeps features, 0.76 GiB on every rank'  # 2 * 50000 * 2048 * 4 / 2^30
-    assert memory_notes(select_metrics(['kid']), (100, None), {'inception': 2048}) == []
+    # 60,000 float64 vectors, and three blocks of 2^24 distances: (60000 * 2048 + 3 * 2^24) * 8 / 2^30
+    assert more == 'precision_recall: 1.29 GiB more on rank 0 while it is computed'
+    (note,) = memory_notes(chosen, 50_000, None, {'inception': 2048})  # of a reference
+    assert note == 'kid, precision_recall: keeps features, 0.38 GiB on every rank'
+    assert memory_notes(select_metrics(['kid']), None, 100, {'inception': 2048}) == []
 
 
 def test_repeats_are_summed_up():
