@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,6 +373,9 @@ def prepare(setup: Setup, real: ImageSet | None, images: ImageSet) -> None:
     for path in (setup.json, setup.log):
         if path is not None and distributed.rank() == 0:
             make_folder(path.parent)
+            appended = path == setup.log and path.exists()  # other files are replaced, which is up to their folder
+            if not os.access(path if appended else path.parent, os.W_OK):
+                raise UserError(f'{path} cannot be written' + ('; choose another --log' if path == setup.log else ''))
     note_memory(setup, real and real.count, images.count, images.image_shape)
 
 

@@ -144,6 +144,12 @@ def test_reference_is_not_read_before_it_is_known_that_results_can_be_written(ru
     monkeypatch.setattr(calculate_metrics, 'gather', None)
     code, _, err = run('calc', '--images=made', '--ref=real', f'--json={tmp_path}/file/out.json')
     assert code == 2 and f'{tmp_path}/file' in err
+    log = tmp_path / 'log'
+    log.touch()
+    for denied, problem in ((log, f'{log} cannot be written; choose another --log'), (tmp_path, 'out.json cannot be')):
+        monkeypatch.setattr('os.access', lambda path, mode, denied=denied: path != denied)  # root may write anywhere
+        code, _, err = run('calc', '--images=made', '--ref=real', f'--json={tmp_path}/out.json', f'--log={log}')
+        assert code == 2 and problem in err
 
 
 def test_batch_size_does_not_matter(run, tmp_path):
