@@ -339,7 +339,7 @@ def check_early(metrics: dict[str, Metric], images: ImageSet, ref: str | None) -
     if ref is None:
         check_sets(metrics, None, images)
     elif not any(metric.reference for metric in metrics.values()):
-        raise UserError(f'{", ".join(metrics)} needs no reference; leave --ref out')
+        raise UserError(f'{", ".join(metrics)} needs no reference: measure the images with calc or gen, without --ref')
     else:
         path = str(local_file(ref))
         about = None if is_file_of_statistics(path) else describe(open_images(path))

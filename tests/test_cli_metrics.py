@@ -191,6 +191,7 @@ def test_batch_size_does_not_matter(run, tmp_path):
         ('calc --images=latents.zip --ref=REF --repeats=5', 'latents 0-0 holds latents'),
         ('compare latents.zip latents.zip', 'latents holds latents'),
         ('ref --data=latents.zip --dest=DIR/new.safetensors', 'latents holds latents'),
+        ('compare real made --metrics=is', 'is needs no reference: measure the images with calc or gen, without --ref'),
         ('compare made single', 'single has 1 image'),
         ('compare made', "Missing argument 'B'"),
         ('calc --images=made --ref=REF --device=tpu9', "unknown device 'tpu9'"),
