@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import sys
+import types
 import zipfile
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from dnnlib.errors import UserError
 from dnnlib.parsing import parse_int_list
 from metrics.collectors import FeatureSample, SplitStatistics, Statistics
-from metrics.dino import DinoDetector, set_position_grid
+from metrics.dino import DinoDetector, load_dino, set_position_grid
 from metrics.gathering import Batch, Gathered, ImageSet, Need, gather
 from metrics.published import is_published, load_published
 from metrics.reading import NpzImages, Part, batch_range, describe, npz_array, read_batches
@@ -375,6 +377,17 @@ def test_missing_dino_says_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr('metrics.dino.importlib.util.find_spec', lambda name: None)
     with pytest.raises(UserError, match='install the extra `dino`'):
         select_metrics(['fd_dinov2'])
+
+
+def test_offline_dino_comes_from_the_cache_only(monkeypatch):
+    def from_pretrained(name, local_files_only):
+        raise OSError(f'{name} {local_files_only}')
+
+    library = types.SimpleNamespace(Dinov2Model=types.SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setitem(sys.modules, 'transformers', library)
+    for offline in (True, False):
+        with pytest.raises(UserError, match=f'facebook/dinov2-large {offline}'):
+            load_dino(None, offline)
 
 
 def test_absent_dino_names_url_files_and_place(tmp_path):
