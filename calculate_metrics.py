@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from metrics.registry import (
     needs_of,
     reference_problems,
     select_metrics,
+    set_warnings,
     summarize,
 )
 from networks.encoders import load_encoder
@@ -111,18 +113,15 @@ def measuring(default: str, results: bool = True) -> Callable:
         @functools.wraps(command)
         def run(metrics, inception, dinov2, any_weights, batch, workers, device, json=None, log=None, **flags):
             chosen = select_metrics(metrics.split(','))
-            options = DetectorOptions(inception, dinov2, any_weights)
+            options = DetectorOptions(inception, dinov2, any_weights, flags.get('offline', False))
 
             @contextlib.contextmanager
             def start() -> Iterator[Setup]:
                 """Join torchrun's processes, if there are any, load the detectors, and leave in the end."""
-                try:
-                    place = distributed.init(device)
+                with distributed.session(device) as place:
                     detectors = load_detectors((need.detector for need in needs_of(chosen)), place, options)
                     decoders = (GPU_WORKERS if place.type == 'cuda' else 0) if workers is None else workers
                     yield Setup(chosen, place, detectors, batch, decoders, json, log)
-                finally:
-                    distributed.close()
 
             return command(chosen, start, **flags)
 
@@ -164,8 +163,6 @@ def calc(chosen: dict[str, Metric], start, path: str, ref: str | None, repeats: 
     check_early(chosen, describe(parts[0]), ref)
     with start() as setup:
         reference = open_reference(setup, ref, describe(parts[0]))
-        prepare_output(setup)
-        note_memory(setup, reference, describe(parts[0]))
         gathered = (setup.gather(describe(part), setup.read(part, part.name)) for part in parts)
         report(setup, reference, ref, gathered, {'path': path, 'generation': find_generation(path)})
 
@@ -186,8 +183,6 @@ def compare(chosen: dict[str, Metric], start, first: str, second: str):
     check_early(chosen, describe(images), first)
     with start() as setup:
         reference = open_reference(setup, first, describe(images))
-        prepare_output(setup)
-        note_memory(setup, reference, describe(images))
         gathered = [setup.gather(describe(images), setup.read(images, images.name))]
         report(setup, reference, first, gathered, {'path': second, 'generation': find_generation(second)})
 
@@ -225,6 +220,8 @@ def gen(chosen, start, net_path, gnet_path, ref, seeds, repeats, classes, offlin
     """
     config = sampler_config(flags)
     seeds = list(dict.fromkeys(seeds))
+    if ref is not None:
+        local_file(ref, offline)
     with start() as setup:
         net, info = load_network(net_path, setup.device, precision, offline)
         guiding_net, guiding_info = (net, info) if gnet_path == 'self' else (None, None)
@@ -238,8 +235,6 @@ def gen(chosen, start, net_path, gnet_path, ref, seeds, repeats, classes, offlin
         about = ImageSet(Path(net_path).name, len(seeds), made_shape(info), info.config.label_dim)
         check_early(chosen, about, ref)
         reference = open_reference(setup, ref, about)
-        prepare_output(setup)
-        note_memory(setup, reference, about)
         runs = [[seed + k * (max(seeds) - min(seeds) + 1) for seed in seeds] for k in range(repeats)]
         gathered = (setup.gather(about, made(make, run, setup.batch)) for run in runs)
         source = {
@@ -291,12 +286,14 @@ def ref(chosen: dict[str, Metric], start, data: str, dest: Path):
     with start() as setup:
         if distributed.rank() == 0:
             make_folder(dest.parent)
-        note_memory(setup, None, about)
+        note_memory(setup, about.count, None, about.image_shape)
         real = setup.gather(about, setup.read(images, 'data set'), reference=True)
         if distributed.rank() == 0:
             save_reference(dest, real)
             kinds = ', '.join(f'{need.detector}/{need.collector.kind}' for need in real.collected)
             click.echo(f'{dest}: {kinds} of {about.count} images of {about.name}')
+            for warning in set_warnings(real):
+                click.echo(f'warning: {warning}', err=True)
 
 
 def open_images(path: str) -> Images:
@@ -342,7 +339,7 @@ def check_early(metrics: dict[str, Metric], images: ImageSet, ref: str | None) -
     if ref is None:
         check_sets(metrics, None, images)
     elif not any(metric.reference for metric in metrics.values()):
-        raise UserError(f'{", ".join(metrics)} needs no reference; leave --ref out')
+        raise UserError(f'{", ".join(metrics)} needs no reference: measure the images with calc or gen, without --ref')
     else:
         path = str(local_file(ref))
         about = None if is_file_of_statistics(path) else describe(open_images(path))
@@ -351,31 +348,42 @@ def check_early(metrics: dict[str, Metric], images: ImageSet, ref: str | None) -
 
 
 def open_reference(setup: Setup, ref: str | None, images: ImageSet) -> Gathered | None:
-    """Load a reference file, or gather what the metrics need of a data set; refuse what `images` cannot be held to."""
+    """Load a reference file, or gather what the metrics need of a data set; refuse what `images` cannot be held to.
+
+    Before the first image is read, it makes the folders of results and says what memory will be taken.
+    """
     if ref is None:
+        prepare(setup, None, images)
         return None
     path, needs = str(local_file(ref)), needs_of(setup.metrics, reference=True)
     if is_file_of_statistics(path):
         load = load_reference if path.endswith(SUFFIX) else load_published
         reference = load(path, needs, setup.detectors)
         check_sets(setup.metrics, reference.about, images)
+        prepare(setup, reference.about, images)
         return reference
     dataset = open_images(path)
-    return setup.gather(describe(dataset), setup.read(dataset, 'reference'), reference=True)
+    about = describe(dataset)
+    prepare(setup, about, images)
+    return setup.gather(about, setup.read(dataset, 'reference'), reference=True)
 
 
-def prepare_output(setup: Setup) -> None:
-    """Find out that results cannot be written before the images are read, not after."""
+def prepare(setup: Setup, real: ImageSet | None, images: ImageSet) -> None:
+    """Find out before images are read, not after, that results cannot be written; say what memory will be taken."""
     for path in (setup.json, setup.log):
         if path is not None and distributed.rank() == 0:
             make_folder(path.parent)
+            appended = path == setup.log and path.exists()  # other files are replaced, which is up to their folder
+            if not os.access(path if appended else path.parent, os.W_OK):
+                raise UserError(f'{path} cannot be written' + ('; choose another --log' if path == setup.log else ''))
+    note_memory(setup, real and real.count, images.count, images.image_shape)
 
 
-def note_memory(setup: Setup, reference: Gathered | None, images: ImageSet) -> None:
+def note_memory(setup: Setup, num_real: int | None, num_images: int | None, image_shape: tuple[int, int, int]) -> None:
     """Say what metrics that keep features will take."""
-    sizes = {name: detector.num_features(images.image_shape) for name, detector in setup.detectors.items()}
+    sizes = {name: detector.num_features(image_shape) for name, detector in setup.detectors.items()}
     if distributed.rank() == 0:
-        for note in memory_notes(setup.metrics, (images.count, reference and reference.about.count), sizes):
+        for note in memory_notes(setup.metrics, num_real, num_images, sizes):
             click.echo(note, err=True)
 
 

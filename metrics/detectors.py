@@ -70,17 +70,21 @@ class DetectorOptions:
         inception: File of the Inception weights; None: $EDM2PLUS_INCEPTION, else the published one, downloaded once.
         dinov2: Folder of the DINOv2 model; None: $EDM2PLUS_DINOV2, else the published one, downloaded once.
         any_weights: Accept other weights than the published ones; results are then comparable among themselves only.
+        offline: Download nothing; what was downloaded before is used.
     """
 
     inception: str | None = None
     dinov2: str | None = None
     any_weights: bool = False
+    offline: bool = False
 
 
 DETECTORS: dict[str, Callable[[torch.device | str, DetectorOptions], Detector]] = {
     'pixels': lambda device, options: PixelDetector(device),
-    'inception': lambda device, options: InceptionDetector(device, options.inception, options.any_weights),
-    'dinov2': lambda device, options: DinoDetector(device, options.dinov2, options.any_weights),
+    'inception': lambda device, options: InceptionDetector(
+        device, options.inception, options.any_weights, options.offline
+    ),
+    'dinov2': lambda device, options: DinoDetector(device, options.dinov2, options.any_weights, options.offline),
 }
 
 

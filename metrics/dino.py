@@ -40,6 +40,7 @@ class DinoDetector:
         weights: Folder of the model (config.json, model.safetensors); None takes $EDM2PLUS_DINOV2, else the published
             model by name, from the library's cache or downloaded into it.
         any_weights: Accept a model that is not a ViT-L/14.
+        offline: Download nothing.
 
     Attributes:
         identity: With a SHA-256 over all weights.
@@ -50,10 +51,16 @@ class DinoDetector:
         UserError: where the library or the model is not to be had, or it is another network.
     """
 
-    def __init__(self, device: torch.device | str = 'cpu', weights: str | None = None, any_weights: bool = False):
+    def __init__(
+        self,
+        device: torch.device | str = 'cpu',
+        weights: str | None = None,
+        any_weights: bool = False,
+        offline: bool = False,
+    ):
         require_transformers()
         folder = weights or os.environ.get(VARIABLE)
-        net = load_dino(folder)
+        net = load_dino(folder, offline)
         config = net.config
         is_large = all(getattr(config, name) == value for name, value in ARCHITECTURE.items())
         if not is_large and not any_weights:
@@ -88,8 +95,10 @@ class DinoDetector:
         return self.net(x).pooler_output.float()
 
 
-def load_dino(folder: str | None) -> torch.nn.Module:
+def load_dino(folder: str | None, offline: bool = False) -> torch.nn.Module:
     """The model of a folder, or the published one where it is None, in evaluation mode.
+
+    With `offline` nothing is downloaded into the library's cache.
 
     Raises:
         UserError: where it is not to be had; it says what is needed and where to put it.
@@ -97,7 +106,7 @@ def load_dino(folder: str | None) -> torch.nn.Module:
     import transformers  # extra `dino`; takes seconds
 
     try:
-        net = transformers.Dinov2Model.from_pretrained(folder or MODEL, local_files_only=folder is not None)
+        net = transformers.Dinov2Model.from_pretrained(folder or MODEL, local_files_only=offline or folder is not None)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f'the DINOv2 model {folder or MODEL} cannot be loaded: {" ".join(str(error).split())[:160]}; on a machine '

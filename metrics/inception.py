@@ -214,6 +214,7 @@ class InceptionDetector:
         device: Where images will be.
         weights: File of the public state dict; None takes $EDM2PLUS_INCEPTION, else downloads it into the cache.
         any_weights: Accept a file that is not the published one.
+        offline: Download nothing.
 
     Attributes:
         identity: With the SHA-256 of the weights.
@@ -224,8 +225,14 @@ class InceptionDetector:
         OSError: where it cannot be read.
     """
 
-    def __init__(self, device: torch.device | str = 'cpu', weights: str | None = None, any_weights: bool = False):
-        path = find_weights(weights)
+    def __init__(
+        self,
+        device: torch.device | str = 'cpu',
+        weights: str | None = None,
+        any_weights: bool = False,
+        offline: bool = False,
+    ):
+        path = find_weights(weights, offline)
         digest = file_sha256(path)
         self.published = digest.startswith(PUBLISHED)
         if not self.published and not any_weights:
@@ -258,8 +265,10 @@ class InceptionDetector:
         return F.linear(features, self.net.fc.weight)
 
 
-def find_weights(given: str | None) -> Path:
+def find_weights(given: str | None, offline: bool = False) -> Path:
     """The weights file: the one named, that of $EDM2PLUS_INCEPTION, or the published one through the cache.
+
+    With `offline` nothing is downloaded into that.
 
     Raises:
         UserError: where there is none; it says which file is needed, whence, and where to put it.
@@ -269,7 +278,7 @@ def find_weights(given: str | None) -> Path:
             raise UserError(f'no Inception weights at {path}; the file needed is {FILE}, from {URL}')
         return Path(path)
     try:
-        return download(URL)
+        return download(URL, offline=offline)
     except UserError as error:
         raise UserError(
             f'{error}; on a machine without a network, fetch {FILE} from that URL elsewhere and give its place: '

@@ -28,7 +28,8 @@ class Images(Protocol):
         num_classes: 0 without labels.
         fingerprint: Changes with the images.
 
-    A reader may also have `made_with`, a dict of how the data set was made (`transform`).
+    A reader may also have `made_with`, a dict of how the data set was made (`transform`), and `encoder`, which is 'rgb'
+    where its items are images.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Part:
         self.names = images.names[first:last]
         self.image_shape, self.num_classes = images.image_shape, images.num_classes
         self.fingerprint = f'{images.fingerprint} {first}-{last - 1}'
-        self.made_with = getattr(images, 'made_with', {})
+        self.made_with, self.encoder = getattr(images, 'made_with', {}), getattr(images, 'encoder', 'rgb')
 
     def __len__(self) -> int:
         return len(self.names)
@@ -147,7 +148,16 @@ def npz_array(path: str | os.PathLike, name: str) -> np.ndarray:
 
 
 def describe(images: Images) -> ImageSet:
-    """What is known of a set before its first image is read."""
+    """What is known of a set before its first image is read.
+
+    Raises:
+        UserError: where it holds latents.
+    """
+    if (encoder := getattr(images, 'encoder', 'rgb')) != 'rgb':
+        raise UserError(
+            f'{images.name} holds latents (encoder {encoder}), and metrics measure images: give the images that the '
+            'latents were made from'
+        )
     jpegs = sum(PurePosixPath(str(name)).suffix.lower() in JPEGS for name in images.names)
     shape, made_with = tuple(images.image_shape), dict(getattr(images, 'made_with', None) or {})
     return ImageSet(

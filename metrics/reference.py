@@ -19,14 +19,15 @@ def save_reference(path: str | os.PathLike, real: Gathered) -> None:
     Tensors are called DETECTOR/KIND/NAME: `inception/statistics/mean` [F] and `.../scatter` [F, F] = covariance *
     (count - 1), float64; `pixels/halves/even.mean`, ...; `inception/sample/features`. Header: kind, the fields of
     ImageSet (name, count, shape, fingerprint of the index, how it was made), the identity of each detector with the
-    hash of its weights, and the versions of libraries.
+    hash of its weights, the number of duplicates, and the versions of libraries.
     """
     tensors = {
         f'{need.detector}/{need.collector.kind}/{name}': tensor
         for need, collected in real.collected.items()
         for name, tensor in collected.to_tensors().items()
     }
-    save_tensors(path, tensors, {'kind': KIND, 'images': asdict(real.about), 'detectors': real.identities})
+    header = {'kind': KIND, 'images': asdict(real.about), 'detectors': real.identities, 'duplicates': real.duplicates}
+    save_tensors(path, tensors, header)
 
 
 def load_reference(
@@ -51,6 +52,7 @@ def load_reference(
         try:
             about = ImageSet(**{**file.header['images'], 'image_shape': tuple(file.header['images']['image_shape'])})
             identities, versions = dict(file.header['detectors']), file.header['versions']
+            duplicates = int(file.header.get('duplicates', 0))  # files of before do not say
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f'{file.path} is a damaged {KIND}: {error}') from None
         collected = {need: _read(file, need, about) for need in needs}
@@ -65,7 +67,7 @@ def load_reference(
     if problems:
         raise UserError(problems)
     used = {need.detector: identities[need.detector] for need in needs}
-    return Gathered(about, used, collected, versions)
+    return Gathered(about, used, collected, versions, duplicates)
 
 
 def _read(file: TensorFile, need: Need, about: ImageSet):

@@ -1,6 +1,6 @@
 """The table of metrics, and their evaluation from what one pass over each set of images has left."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from metrics.gathering import Gathered, Need
 from metrics.image_sets import ImageSet, format_shape
 from metrics.inception_score import inception_score
 from metrics.kid import kernel_distance
+from metrics.precision_recall import memory as precision_recall_memory
 from metrics.precision_recall import precision_recall
 from metrics.statistics import FeatureStatistics
 
@@ -33,6 +34,7 @@ class Metric:
         same_shape: Whether both sets must be of one shape; elsewhere another shape is only warned about.
         reference: Whether there is a reference at all.
         require: Raises UserError where something to install is missing.
+        memory: Bytes that `compute` takes beside what was gathered, of (real images, images, F).
     """
 
     need: Need
@@ -44,6 +46,7 @@ class Metric:
     same_shape: bool = False
     reference: bool = True
     require: Callable[[], None] = lambda: None
+    memory: Callable[[int | None, int, int], int] = lambda num_real, num_images, num_features: 0
 
 
 def _distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -107,6 +110,7 @@ METRICS: dict[str, Metric] = {
         ),
         about='overlap of nearest-neighbour manifolds of Inception-v3 features',
         figures=('precision', 'recall'),
+        memory=precision_recall_memory,
     ),
     'fd_pixels': Metric(
         need=Need('pixels', SplitStatistics),
@@ -191,20 +195,28 @@ def reference_problems(real: ImageSet) -> list[str]:
     return []
 
 
-def memory_notes(metrics: dict[str, Metric], counts: Iterable[int | None], features: dict[str, int]) -> list[str]:
-    """What keeping features takes, for metrics that need them: a line for each where it is more than 64 MiB.
+def memory_notes(
+    metrics: dict[str, Metric], num_real: int | None, num_images: int | None, features: dict[str, int]
+) -> list[str]:
+    """What keeping features, and computing with them, takes: a line for each where it is more than 64 MiB.
 
     Args:
         metrics: From `select_metrics`.
-        counts: Sizes of the sets.
+        num_real: Number of real images; None where there are none, or it is not known.
+        num_images: Number of images; None where only a reference is gathered and nothing is computed.
         features: F of each detector.
     """
     notes = []
+    counts = (num_real, num_images)
     for need in needs_of(metrics):
         size = sum(need.collector.memory(count, features[need.detector]) for count in counts if count)
         if need.collector in (FeatureSample, LabelledFeatures) and size > 2**26:
             names = ', '.join(name for name, metric in metrics.items() if metric.need == need)
             notes.append(f'{names}: keeps features, {size / 2**30:.2f} GiB on every rank')
+    for name, metric in metrics.items():
+        size = metric.memory(num_real, num_images, features[metric.need.detector]) if num_images else 0
+        if size > 2**26:
+            notes.append(f'{name}: {size / 2**30:.2f} GiB more on rank 0 while it is computed')
     return notes
 
 
@@ -236,22 +248,24 @@ def evaluate(metrics: dict[str, Metric], real: Gathered | None, images: Gathered
     return {'metrics': results, 'detectors': images.identities, 'warnings': _warnings(metrics, real, images)}
 
 
-def _warnings(metrics: dict[str, Metric], real: Gathered | None, images: Gathered) -> list[str]:
-    both = [images] if real is None else [images, real]
-    found = [
-        f'{which.about.name}: {which.about.jpegs} of {which.about.count} images are JPEGs; compression alone moves '
-        'these metrics, measure PNGs'
-        for which in both
-        if which.about.jpegs
-    ]
-    found += [
-        f'{which.about.name}: {which.duplicates} of {which.about.count} images are copies of others in it'
-        for which in both
-        if which.duplicates
-    ]
-    if real is not None:
-        found = _few(metrics, images.about, real.about) + found + _unlike(images.about, real.about)
+def set_warnings(which: Gathered) -> list[str]:
+    """What there is to say of one set of images: JPEGs and copies in it."""
+    found, about = [], which.about
+    if about.jpegs:
+        found.append(
+            f'{about.name}: {about.jpegs} of {about.count} images are JPEGs; compression alone moves these metrics, '
+            'measure PNGs'
+        )
+    if which.duplicates:
+        found.append(f'{about.name}: {which.duplicates} of {about.count} images are copies of others in it')
     return found
+
+
+def _warnings(metrics: dict[str, Metric], real: Gathered | None, images: Gathered) -> list[str]:
+    if real is None:
+        return set_warnings(images)
+    few, unlike = _few(metrics, images.about, real.about), _unlike(images.about, real.about)
+    return few + set_warnings(images) + set_warnings(real) + unlike
 
 
 def _few(metrics: dict[str, Metric], images: ImageSet, real: ImageSet) -> list[str]:
@@ -274,10 +288,17 @@ def _unlike(images: ImageSet, real: ImageSet) -> list[str]:
             f'{images.name} is {format_shape(images.image_shape)}, the reference {real.name} '
             f'{format_shape(real.image_shape)}: the resize is part of what is measured'
         )
-    ours, theirs = (which.made_with.get('transform') for which in (images, real))
+    ours, theirs = (_transform(which.made_with) for which in (images, real))
     if ours and theirs and ours != theirs:
         found.append(f'{images.name} was made with the transform {ours}, the reference {real.name} with {theirs}')
     return found
+
+
+def _transform(made_with: Mapping[str, Any]) -> str | None:
+    """The last transform that changed the pixels: a data set may have been made from one that was transformed."""
+    while made_with.get('transform') == 'none' and isinstance(made_with.get('before'), dict):
+        made_with = made_with['before']
+    return made_with.get('transform')
 
 
 def summarize(metrics: dict[str, Metric], runs: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:

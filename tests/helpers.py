@@ -33,6 +33,17 @@ def make_archive(path: Path, count: int, classes: int, shape: tuple[int, int, in
     return path
 
 
+def make_latents(path: Path, count: int, side: int = 8) -> Path:
+    """Write a dataset zip of random latents, float32 [8, side, side]."""
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(path, 'w') as archive:
+        for i in range(count):
+            file = io.BytesIO()
+            np.save(file, rng.standard_normal((8, side, side), dtype=np.float32))
+            archive.writestr(f'00000/img{i:08d}.npy', file.getvalue())
+    return path
+
+
 def state_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest training state of a run folder."""
     with TensorFile(state_files(folder)[-1], 'training state') as file:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import calculate_metrics
+import dataset_tool
 import metrics.inception
 from dnnlib import cli
 from metrics.detectors import PixelDetector
@@ -22,7 +23,7 @@ from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, load_network, save_network
 from sampling.pipeline import SamplerConfig, generate
-from tests.helpers import random_inception
+from tests.helpers import make_latents, random_inception
 from torch_utils.tensor_files import TensorFile, save_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,7 @@ def data(tmp_path_factory) -> Path:
     write_images(folder / 'bare', images[400:410])
     write_images(folder / 'single', images[:1], labels[:1])
     write_images(folder / 'colour', np.zeros((5, 8, 8, 3), np.uint8))
+    make_latents(folder / 'latents.zip', 5)
     (folder / 'empty').mkdir()
     write_images(folder / 'broken', images[:6])
     (folder / 'broken/000003.png').write_bytes(b'no picture')
@@ -110,6 +112,46 @@ def test_reference_file_and_archive_give_the_same(run, tmp_path):
     assert numbers[0] == numbers[1] == numbers[2]
 
 
+def test_other_transform_is_warned_about(run, data, tmp_path):
+    """Two archives of dataset_tool.py, one of them through a reference file."""
+    for name in ('center-crop', 'center-crop-dhariwal'):
+        with pytest.raises(SystemExit) as ending:
+            arguments = ['convert', '--source=real', f'--dest={tmp_path / name}.zip', '--resolution=4']
+            dataset_tool.main([*arguments, f'--transform={name}'])
+        assert ending.value.code == 0
+    reference = tmp_path / 'ref.safetensors'
+    assert run('ref', f'--data={tmp_path}/center-crop.zip', f'--dest={reference}')[0] == 0
+    assert TensorFile(reference).header['images']['made_with']['transform'] == 'center-crop'
+    log = f'--log={tmp_path / "log"}'
+    code, _, err = run('calc', f'--images={tmp_path}/center-crop-dhariwal.zip', f'--ref={reference}', log)
+    assert code == 0 and 'transform center-crop-dhariwal, the reference center-crop with center-crop' in err
+    code, _, err = run('calc', f'--images={tmp_path}/center-crop.zip', f'--ref={reference}', log)
+    assert code == 0 and 'transform' not in err
+
+
+def test_copies_in_a_reference_are_told_of_when_it_is_made_and_used(run, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8), dtype=np.uint8)
+    folder = write_images(tmp_path / 'twice', images[[*range(9), 0, 1]])
+    reference = tmp_path / 'ref.safetensors'
+    code, _, err = run('ref', f'--data={folder}', f'--dest={reference}')
+    assert code == 0 and err == 'warning: twice: 2 of 11 images are copies of others in it\n'
+    code, _, err = run('calc', '--images=made', f'--ref={reference}', f'--log={tmp_path / "log"}')
+    assert code == 0 and 'twice: 2 of 11 images are copies' in err
+
+
+def test_reference_is_not_read_before_it_is_known_that_results_can_be_written(run, monkeypatch, tmp_path):
+    (tmp_path / 'file').touch()
+    monkeypatch.setattr(calculate_metrics, 'gather', None)
+    code, _, err = run('calc', '--images=made', '--ref=real', f'--json={tmp_path}/file/out.json')
+    assert code == 2 and f'{tmp_path}/file' in err
+    log = tmp_path / 'log'
+    log.touch()
+    for denied, problem in ((log, f'{log} cannot be written; choose another --log'), (tmp_path, 'out.json cannot be')):
+        monkeypatch.setattr('os.access', lambda path, mode, denied=denied: path != denied)  # root may write anywhere
+        code, _, err = run('calc', '--images=made', '--ref=real', f'--json={tmp_path}/out.json', f'--log={log}')
+        assert code == 2 and problem in err
+
+
 def test_batch_size_does_not_matter(run, tmp_path):
     values = []
     for batch in (1000, 7):
@@ -144,6 +186,12 @@ def test_batch_size_does_not_matter(run, tmp_path):
         ('calc --images=mixed --ref=REF', '000002.png is 9x8 grayscale, but 000000.png is 8x8 grayscale'),
         ('calc --images=broken --ref=REF', '000003.png is damaged'),
         ('calc --images=TEXT.npz --ref=REF', 'text.safetensors.npz'),
+        ('calc --images=latents.zip --ref=real', 'latents holds latents (encoder stabilityvae), and metrics measure'),
+        ('calc --images=made --ref=latents.zip', 'latents holds latents'),
+        ('calc --images=latents.zip --ref=REF --repeats=5', 'latents 0-0 holds latents'),
+        ('compare latents.zip latents.zip', 'latents holds latents'),
+        ('ref --data=latents.zip --dest=DIR/new.safetensors', 'latents holds latents'),
+        ('compare real made --metrics=is', 'is needs no reference: measure the images with calc or gen, without --ref'),
         ('compare made single', 'single has 1 image'),
         ('compare made', "Missing argument 'B'"),
         ('calc --images=made --ref=REF --device=tpu9', "unknown device 'tpu9'"),
@@ -471,6 +519,18 @@ def test_generated_images_are_those_of_generate(run, network, tmp_path):
         assert run('calc', f'--images={folder}', '--ref=real', f'--json={path}', f'--log={tmp_path / "log"}')[0] == 0
         stored = json.loads(path.read_text())['metrics']['fd_pixels']['value']
         assert numbers['fd_pixels']['value'] == pytest.approx(stored, rel=1e-9)
+
+
+def test_offline_downloads_neither_weights_nor_references(run, network, tmp_path, monkeypatch):
+    monkeypatch.setenv('EDM2PLUS_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.delenv('EDM2PLUS_INCEPTION', raising=False)
+    for arguments, file in (
+        (['--ref=real', '--metrics=fid'], metrics.inception.FILE),
+        (['--ref=https://localhost/img64.pkl'], 'img64.pkl'),
+    ):
+        code, out, err = run('gen', f'--net={network}', '--seeds=0-9', '--offline', *arguments)
+        assert (code, out, err.count('\n')) == (2, '', 1)
+        assert f'{file} is not in the download cache' in err and '--offline forbids' in err
 
 
 def test_mistakes_about_networks(run, network, tmp_path):

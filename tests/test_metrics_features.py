@@ -199,9 +199,16 @@ def test_equal_vectors_are_at_distance_zero_and_near_ones_are_not():
 def test_precision_and_recall_in_blocks(monkeypatch):
     real, images = sample(normal(0, 40, 3)), sample(normal(1, 50, 3))
     whole = precision_recall(real, images)
-    monkeypatch.setattr('metrics.precision_recall.BLOCK', 7)
+    monkeypatch.setattr('metrics.precision_recall.BLOCK', 7 * 40)
+    sizes = set()
+
+    def distances(x, y):
+        sizes.add(len(x) * len(y))
+        return _distances2(x, y)
+
+    monkeypatch.setattr('metrics.precision_recall._distances2', distances)
     assert precision_recall(real, images) == whole
-    assert 0 < whole['precision'] < 1
+    assert 0 < whole['precision'] < 1 and max(sizes) == 7 * 40
 
 
 def test_real_images_are_limited(monkeypatch):

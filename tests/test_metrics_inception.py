@@ -292,7 +292,7 @@ def test_published_weights_are_known_by_their_digest(weights, monkeypatch):
 def test_missing_weights_name_url_file_and_place(tmp_path, monkeypatch):
     monkeypatch.delenv('EDM2PLUS_INCEPTION', raising=False)
 
-    def no_network(url):
+    def no_network(url, offline):
         raise UserError(f'{url} cannot be downloaded: no network')
 
     monkeypatch.setattr(metrics.inception, 'download', no_network)
@@ -306,7 +306,9 @@ def test_missing_weights_name_url_file_and_place(tmp_path, monkeypatch):
 
 def test_weights_come_from_the_cache(tmp_path, weights, monkeypatch):
     monkeypatch.delenv('EDM2PLUS_INCEPTION', raising=False)
-    monkeypatch.setattr(metrics.inception, 'download', lambda url: weights if url == metrics.inception.URL else None)
+    monkeypatch.setattr(
+        metrics.inception, 'download', lambda url, offline: weights if url == metrics.inception.URL else None
+    )
     assert find_weights(None) == weights
 
 

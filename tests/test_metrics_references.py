@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import sys
+import types
 import zipfile
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from dnnlib.errors import UserError
 from dnnlib.parsing import parse_int_list
 from metrics.collectors import FeatureSample, SplitStatistics, Statistics
-from metrics.dino import DinoDetector, set_position_grid
+from metrics.dino import DinoDetector, load_dino, set_position_grid
 from metrics.gathering import Batch, Gathered, ImageSet, Need, gather
 from metrics.published import is_published, load_published
 from metrics.reading import NpzImages, Part, batch_range, describe, npz_array, read_batches
@@ -252,6 +254,16 @@ def test_other_shapes_and_transforms_are_warned_about(enough):
     assert 'transform none, the reference real with center-crop' in transform
 
 
+def test_transforms_are_seen_through_later_conversions(enough):
+    """What only changes the file format notes `none`, and what it was made from before."""
+    crop = {'transform': 'center-crop', 'format': 'png'}
+    packed = {'transform': 'none', 'format': 'npy', 'before': {'transform': 'none', 'before': crop}}
+    assert warnings_of(gathered(enough[0], made_with=packed), gathered(enough[1], made_with=crop)) == []
+    other = gathered(enough[1], name='real', made_with={'transform': 'center-crop-dhariwal'})
+    (warning,) = warnings_of(gathered(enough[0], made_with=packed), other)
+    assert 'transform center-crop, the reference real with center-crop-dhariwal' in warning
+
+
 def test_few_images_are_counted(enough):
     (warning,) = warnings_of(gathered(enough[0][:2047]), gathered(enough[1]))
     assert '2047 images of some' in warning and 'fid' in warning
@@ -267,9 +279,14 @@ def test_metrics_without_a_reference():
 
 
 def test_memory_is_told_before_it_is_taken():
-    (note,) = memory_notes(select_metrics(['fid', 'kid', 'precision_recall']), (50_000, 1_281_167), {'inception': 2048})
+    chosen = select_metrics(['fid', 'kid', 'precision_recall'])
+    note, more = memory_notes(chosen, 1_281_167, 50_000, {'inception': 2048})
     assert note == 'kid, precision_recall: keeps features, 0.76 GiB on every rank'  # 2 * 50000 * 2048 * 4 / 2^30
-    assert memory_notes(select_metrics(['kid']), (100, None), {'inception': 2048}) == []
+    # 60,000 float64 vectors, and three blocks of 2^24 distances: (60000 * 2048 + 3 * 2^24) * 8 / 2^30
+    assert more == 'precision_recall: 1.29 GiB more on rank 0 while it is computed'
+    (note,) = memory_notes(chosen, 50_000, None, {'inception': 2048})  # of a reference
+    assert note == 'kid, precision_recall: keeps features, 0.38 GiB on every rank'
+    assert memory_notes(select_metrics(['kid']), None, 100, {'inception': 2048}) == []
 
 
 def test_repeats_are_summed_up():
@@ -360,6 +377,17 @@ def test_missing_dino_says_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr('metrics.dino.importlib.util.find_spec', lambda name: None)
     with pytest.raises(UserError, match='install the extra `dino`'):
         select_metrics(['fd_dinov2'])
+
+
+def test_offline_dino_comes_from_the_cache_only(monkeypatch):
+    def from_pretrained(name, local_files_only):
+        raise OSError(f'{name} {local_files_only}')
+
+    library = types.SimpleNamespace(Dinov2Model=types.SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setitem(sys.modules, 'transformers', library)
+    for offline in (True, False):
+        with pytest.raises(UserError, match=f'facebook/dinov2-large {offline}'):
+            load_dino(None, offline)
 
 
 def test_absent_dino_names_url_files_and_place(tmp_path):
