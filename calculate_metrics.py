@@ -10,18 +10,17 @@ from typing import Any
 
 import click
 import torch
-from tqdm import tqdm
 
 from dnnlib import cli
 from dnnlib.download import file_sha256, local_file
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder, write_json
+from evaluation.measure import is_file_of_statistics, load_statistics, made, made_shape, open_images
 from metrics.detectors import Detector, DetectorOptions, load_detectors
 from metrics.gathering import Batch, Gathered, ImageSet, gather
-from metrics.published import is_published, load_published
-from metrics.reading import Images, NpzImages, Part, batch_range, describe, read_batches
+from metrics.reading import Images, Part, describe, read_batches
 from metrics.records import append_record, describe_run, find_generation, format_int_list
-from metrics.reference import SUFFIX, load_reference, save_reference
+from metrics.reference import SUFFIX, save_reference
 from metrics.registry import (
     METRICS,
     Metric,
@@ -41,9 +40,7 @@ from networks.files import NetworkInfo, load_network
 from sampling.pipeline import SamplerConfig, check_fit, generate
 from sampling.samplers import SAMPLERS, Churn
 from torch_utils import distributed
-from training.dataset import ImageDataset
 
-VAE_FACTOR = 8  # side of a picture over that of its latents
 GPU_WORKERS = 4  # processes that decode beside a GPU; beside a CPU detector they would only take its cores
 LIST = '\n'.join(f'  {name:<17} {metric.about}' for name, metric in METRICS.items())
 EPILOG = f"""\b
@@ -232,7 +229,7 @@ def gen(chosen, start, net_path, gnet_path, ref, seeds, repeats, classes, offlin
         make = functools.partial(
             generate, net, config=config, guiding_net=guiding_net, classes=classes, encoder=encoder
         )
-        about = ImageSet(Path(net_path).name, len(seeds), made_shape(info), info.config.label_dim)
+        about = ImageSet(Path(net_path).name, len(seeds), made_shape(info.config, info.encoder), info.config.label_dim)
         check_early(chosen, about, ref)
         reference = open_reference(setup, ref, about)
         runs = [[seed + k * (max(seeds) - min(seeds) + 1) for seed in seeds] for k in range(repeats)]
@@ -256,12 +253,6 @@ def sampler_config(flags: dict[str, Any]) -> SamplerConfig:
     if interval is not None:
         flags['guidance_interval'] = tuple(interval)
     return SamplerConfig(**flags, churn=churn).check()
-
-
-def made_shape(info: NetworkInfo) -> tuple[int, int, int]:
-    """(C, H, W) of the pictures that a network makes."""
-    channels, (height, width) = info.config.img_channels, info.config.img_resolution
-    return (channels, height, width) if info.encoder == 'rgb' else (3, VAE_FACTOR * height, VAE_FACTOR * width)
 
 
 @main.command(epilog=EPILOG)
@@ -296,11 +287,6 @@ def ref(chosen: dict[str, Metric], start, data: str, dest: Path):
                 click.echo(f'warning: {warning}', err=True)
 
 
-def open_images(path: str) -> Images:
-    """The reader for a folder, a zip or an `.npz`."""
-    return NpzImages(path) if path.lower().endswith('.npz') else ImageDataset(path)
-
-
 def split(images: Images, repeats: int) -> list[Images]:
     """Consecutive parts of equal size, for --repeats."""
     if repeats == 1:
@@ -311,27 +297,10 @@ def split(images: Images, repeats: int) -> list[Images]:
     return [Part(images, k * size, (k + 1) * size) for k in range(repeats)]
 
 
-def made(make: Callable, seeds: list[int], batch_size: int) -> Iterator[Batch]:
-    """This rank's batches of generated images; see `batch_range` for why they do not depend on the ranks."""
-    mine = batch_range(len(seeds), batch_size)
-    with tqdm(total=len(seeds), desc='images', unit='img', disable=True if distributed.rank() else None) as bar:
-        for k in mine:
-            chosen = seeds[k * batch_size : (k + 1) * batch_size]
-            for images in make(seeds=chosen, batch_size=batch_size):
-                indices = torch.arange(k * batch_size, k * batch_size + len(chosen))
-                yield Batch(images.images, images.labels, indices, [f'seed {seed}' for seed in chosen])
-            bar.update(min(len(chosen) * distributed.world_size(), bar.total - bar.n))
-
-
 def describe_network(path: str, info: NetworkInfo) -> dict[str, Any]:
     """A network file, with its SHA-256."""
     sha256 = None if path == 'self' else file_sha256(local_file(path))
     return {'file': path, 'sha256': sha256, **info.to_header()}
-
-
-def is_file_of_statistics(path: str) -> bool:
-    """Whether a reference is a file made before, ours or another's, rather than images."""
-    return path.endswith(SUFFIX) or is_published(path)
 
 
 def check_early(metrics: dict[str, Metric], images: ImageSet, ref: str | None) -> None:
@@ -357,8 +326,7 @@ def open_reference(setup: Setup, ref: str | None, images: ImageSet) -> Gathered 
         return None
     path, needs = str(local_file(ref)), needs_of(setup.metrics, reference=True)
     if is_file_of_statistics(path):
-        load = load_reference if path.endswith(SUFFIX) else load_published
-        reference = load(path, needs, setup.detectors)
+        reference = load_statistics(path, needs, setup.detectors)
         check_sets(setup.metrics, reference.about, images)
         prepare(setup, reference.about, images)
         return reference

@@ -1,15 +1,14 @@
 """Measuring networks on the fly: images are generated, seen by the detectors, and forgotten."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from dnnlib.download import local_file
-from dnnlib.errors import UserError
-from metrics.detectors import DetectorOptions, load_detectors
-from metrics.gathering import Batch, Gathered, ImageSet, gather
+from metrics.detectors import Detector, DetectorOptions, load_detectors
+from metrics.gathering import Batch, Gathered, ImageSet, Need, gather
 from metrics.published import is_published, load_published
 from metrics.reading import Images, NpzImages, batch_range, describe, read_batches
 from metrics.reference import SUFFIX, load_reference
@@ -96,14 +95,18 @@ class NetworkMeasure:
         return evaluate(self.metrics, self._reference, gathered)['metrics'] if distributed.rank() == 0 else {}
 
     def _about(self, network: NetworkConfig) -> ImageSet:
-        return ImageSet('generated images', len(self.seeds), made_shape(network, self.encoder), network.label_dim)
+        return ImageSet(
+            'generated images',
+            len(self.seeds),
+            made_shape(network, 'rgb' if isinstance(self.encoder, PixelEncoder) else 'latents'),
+            network.label_dim,
+        )
 
 
-def made_shape(network: NetworkConfig, encoder: Encoder | str) -> tuple[int, int, int]:
-    """(C, H, W) of the pictures that a network makes with an encoder, or one of that name."""
+def made_shape(network: NetworkConfig, encoder: str) -> tuple[int, int, int]:
+    """(C, H, W) of the pictures that a network makes with the encoder of that name."""
     channels, (height, width) = network.img_channels, network.img_resolution
-    latents = encoder != 'rgb' if isinstance(encoder, str) else not isinstance(encoder, PixelEncoder)
-    return (3, VAE_FACTOR * height, VAE_FACTOR * width) if latents else (channels, height, width)
+    return (channels, height, width) if encoder == 'rgb' else (3, VAE_FACTOR * height, VAE_FACTOR * width)
 
 
 def made(make: Callable, seeds: list[int], batch_size: int) -> Iterator[Batch]:
@@ -134,6 +137,15 @@ def is_file_of_statistics(path: str) -> bool:
     return path.endswith(SUFFIX) or is_published(path)
 
 
+def load_statistics(path: str, needs: Iterable[Need], detectors: Mapping[str, Detector]) -> Gathered:
+    """Read a reference file, ours or a published one.
+
+    Raises:
+        UserError: where it lacks something, or was made with other detectors.
+    """
+    return (load_reference if path.endswith(SUFFIX) else load_published)(path, needs, detectors)
+
+
 def open_reference(ref: str, metrics, detectors, device: torch.device, batch: int, workers: int = 0) -> Gathered:
     """Load a reference file, or gather what the metrics need of a data set; every rank calls it.
 
@@ -142,9 +154,6 @@ def open_reference(ref: str, metrics, detectors, device: torch.device, batch: in
     """
     path, needs = str(local_file(ref)), needs_of(metrics, reference=True)
     if is_file_of_statistics(path):
-        load = load_reference if path.endswith(SUFFIX) else load_published
-        return load(path, needs, detectors)
+        return load_statistics(path, needs, detectors)
     images = open_images(path)
-    if getattr(images, 'encoder', 'rgb') != 'rgb':
-        raise UserError(f'{path} holds latents; the reference must be the images that they were made of')
     return gather(describe(images), read_batches(images, batch, 'reference', workers), needs, device, detectors)
