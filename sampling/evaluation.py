@@ -81,14 +81,3 @@ def evaluating(nets: list[Denoiser], batch_size: int) -> Iterator[list[Portions]
             yield [Portions(net, portion_size(net.config), workers) for net in nets]
         finally:
             torch.set_num_threads(threads)  # the workers' setting holds for all threads to come
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Do the block's tensor operations in the calling thread alone: sums then have one order on every machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

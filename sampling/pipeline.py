@@ -13,9 +13,10 @@ from dnnlib.errors import UserError, unknown_choice
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import Encoder, PixelEncoder
-from sampling.evaluation import Portions, evaluating, one_thread
+from sampling.evaluation import Portions, evaluating
 from sampling.guidance import guide
 from sampling.samplers import SAMPLERS, Churn, Denoise, Observe, get_sampler
+from torch_utils.threads import one_thread
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from dnnlib.errors import UserError
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import decode_pixels
+from networks.files import NetworkInfo, save_network
 from sampling.evaluation import portion_size
 from sampling.guidance import guide
 from sampling.pipeline import SamplerConfig, count_evaluations, generate, sample, trajectory
 from sampling.samplers import SAMPLERS, Churn, dpmpp_2m, heun
+from tests.conftest import ROOT
 
 ONE = torch.ones(1, 1, 1, 1, dtype=torch.float64)
 
@@ -374,3 +377,16 @@ def test_what_does_not_fit_is_refused(net):
             SamplerConfig(**wrong).check()
     with pytest.raises(UserError, match='no labels to drop'):
         next(generate(unconditional, [0], SamplerConfig(guidance=2), unconditional))
+
+
+def test_example_of_the_documentation(tmp_path):
+    """The Python of docs/sampling.md, with small networks in the place of the demo's."""
+    (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'docs/sampling.md').read_text(), re.DOTALL)
+    config = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
+    for i, name in enumerate(re.findall(r"load_network\('(.*?)'\)", code)):
+        path = tmp_path / f'{i}.safetensors'
+        save_network(path, Denoiser(config, seed=i).state_dict(), NetworkInfo(config, 1000, 0.1, 'edm2plus-digits'))
+        code = code.replace(name, str(path))
+    found = {}
+    exec(compile(code, 'docs/sampling.md', 'exec'), found)
+    assert found['images'].shape == (10, 1, 8, 8) and found['images'].dtype == torch.uint8
