@@ -48,11 +48,15 @@ def main(indir, outdir, outstd, outnimg, outprefix, instd, plot, memory):
     """
     if not outprefix or os.sep in outprefix:
         raise UserError(f'--outprefix={outprefix!r} is no part of a file name')
+    if outprefix.startswith('network-snapshot'):
+        raise UserError(f'--outprefix={outprefix!r} would make the results look like snapshots of a run')
     if plot:
         require_matplotlib()
     wanted = parse_wanted(outstd)
     plan = Plan.make(find_snapshots(indir, instd), wanted, outnimg)  # mistakes are told before the folder is made
     folder = make_folder(outdir or indir)
+    if plot:  # first: it takes a second, and shows whether it can be written
+        plot_profiles(Path(plot), plan)
     memory = memory * 2**30 if memory is not None else free_memory() / 2
     if (passes := len(plan.passes(memory))) > 1:
         click.echo(f'{len(wanted)} networks in {passes} passes over the snapshots, for {memory / 2**30:.1f} GiB')
@@ -67,8 +71,6 @@ def main(indir, outdir, outstd, outnimg, outprefix, instd, plot, memory):
             )
     for warning in plan.warnings():
         click.echo(f'warning: {warning}', err=True)
-    if plot:
-        plot_profiles(Path(plot), plan)
 
 
 def parse_wanted(text: str) -> list[Wanted]:

@@ -14,7 +14,7 @@ from networks.denoiser import Denoiser
 from networks.files import build_network
 from torch_utils import distributed
 from training.reconstruct import Plan, Snapshot, Wanted
-from training.records import append_record, read_records
+from training.records import append_record, mend_records, read_records
 
 ROWS_FILE = 'sweep.jsonl'
 KEY = ('nimg', 'ema_std', 'guidance')
@@ -65,6 +65,8 @@ class Sweep:
             device, precision: Of the networks.
             memory: Bytes that reconstructed networks may take at once.
         """
+        if distributed.rank() == 0:
+            mend_records(folder / ROWS_FILE)
         for plan in self.plans:
             missing = self._missing(folder, plan)
             wanted = [each for each in plan.wanted if any(std == each.std for std, _ in missing)]

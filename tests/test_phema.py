@@ -172,6 +172,13 @@ def test_stored_profile_is_returned_as_it_is():
     assert solution.error < 1e-6 and solution.amplification == pytest.approx(1)
 
 
+def test_snapshots_too_far_away_give_the_last_one():
+    # 900^-gamma is 0 in float64; the coefficients must not become 0/0.
+    solution = solve([512, 1024], [0.05, 0.05], 900 * 1024, 0.005)
+    assert solution.coefficients.tolist() == [0, 1]
+    assert solution.error > 1 and solution.amplification == 1
+
+
 def test_error_is_the_distance_of_the_profiles():
     # One snapshot for another length: by hand from the correlations of the two profiles.
     solution = solve([1], [0.1], 1, 0.2)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import reconstruct_phema
 from dnnlib.errors import UserError
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
@@ -212,6 +213,42 @@ def test_at_the_command_line(folder, saved, run_script, tmp_path):
         broken.write_bytes(whole)
     assert process.returncode == 2 and '0000012-0.050.safetensors' in process.stderr
     assert not (tmp_path / 'none').exists()
+
+
+def test_mixed_precisions(folder, saved, tmp_path):
+    mixed = {}
+    for i, ((nimg, std), weights) in enumerate(saved.items()):
+        dtype = (torch.float32, torch.float16, torch.bfloat16)[i % 3]
+        mixed[nimg, std] = {n: t if is_constant(n) else t.to(dtype) for n, t in weights.items()}
+        info = NetworkInfo(CONFIG, nimg, std, 'preset', 'data')
+        save_network(tmp_path / f'network-snapshot-{i}.safetensors', mixed[nimg, std], info, dtype=None)
+    plan = Plan.make(find_snapshots(tmp_path), lengths(0.15))
+    ((_, _, weights),) = plan.reconstruct()
+    for name, t in weights.items():
+        if not is_constant(name):
+            expected = combine([each[name] for each in mixed.values()], plan.combinations[0.15].coefficients).float()
+            torch.testing.assert_close(t, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_snapshot_cut_short_meanwhile_is_named(tmp_path):
+    make_snapshots(tmp_path / 'run')
+    plan = Plan.make(find_snapshots(tmp_path / 'run'), lengths(0.08))
+    path = tmp_path / 'run/network-snapshot-0000012-0.050.safetensors'
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(UserError, match=r'0000012-0\.050\.safetensors is cut short'):
+        list(plan.reconstruct())
+
+
+def test_what_is_refused_before_the_work(folder, saved, tmp_path):
+    pytest.importorskip('matplotlib')
+    out = tmp_path / 'out'
+    arguments = [f'--indir={folder}', f'--outdir={out}', '--outstd=0.12']
+    with pytest.raises(UserError, match='look like snapshots'):
+        reconstruct_phema.main([*arguments, '--outprefix=network-snapshot'], standalone_mode=False)
+    assert not out.exists()
+    with pytest.raises(OSError):
+        reconstruct_phema.main([*arguments, f'--plot={tmp_path}/none/p.png'], standalone_mode=False)
+    assert not list(out.iterdir())
 
 
 def test_profiles_integrate_to_one():

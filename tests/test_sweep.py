@@ -46,10 +46,15 @@ def test_sweep(place, run_script, tmp_path):
     assert len(first.splitlines()) == 4
     assert not list(out.glob('*.safetensors'))
 
+    # A row that a kill has cut short is measured again, and hides none of those that follow.
+    with open(out / 'sweep.jsonl', 'w') as file:
+        file.write(first[:-20])
+
     # The same in one pass, on two ranks, with one more length: rows that are there stay as they are.
     process = run_script(*command[:-1], '--outstd=0.05,0.10,0.20', '--outnimg=3Ki,4Ki', ranks=2)
     assert process.returncode == 0, process.stderr
-    assert (out / 'sweep.jsonl').read_text().startswith(first)
+    assert (out / 'sweep.jsonl').read_text().startswith(''.join(first.splitlines(keepends=True)[:3]))
+    assert len((out / 'sweep.jsonl').read_text().splitlines()) == 6
     rows = read_rows(out)
     assert [(row['nimg'], row['ema_std']) for row in rows] == [(n, s) for n in (3072, 4096) for s in (0.05, 0.1, 0.2)]
     table = list(csv.DictReader((out / 'sweep.csv').read_text().splitlines()))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -100,44 +101,49 @@ class TensorFile:
 _DTYPES = {'F16': torch.float16, 'BF16': torch.bfloat16, 'F32': torch.float32, 'F64': torch.float64}
 
 
-class PieceReader:
-    """Pieces of the floating-point tensors of a safetensors file, read straight into memory that is given.
+class MappedTensors:
+    """The floating-point tensors of a safetensors file, mapped into memory, flat, and let go one by one.
 
-    `TensorFile` maps the file, and pays for every page of it; where all of many large files are read once, that costs
-    more than reading. The format: eight bytes of length, a JSON header with the place of each tensor, the tensors.
+    `TensorFile` keeps all of a file in this process's memory that was ever looked at. Here what has been used is given
+    back, so that many large files can be open at once. The format: eight bytes of length, a JSON header with the place
+    of each tensor, the tensors.
 
     Args:
         path: A file that `TensorFile` has opened before.
+
+    Raises:
+        UnreadableFileError: where the file is shorter than its header says.
+        OSError: where it cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self._file = open(self.path, 'rb', buffering=0)  # noqa: SIM115
-        length = int.from_bytes(self._file.read(8), 'little')
-        self._places: dict[str, Any] = json.loads(self._file.read(length))
-        self._start = 8 + length
+        with open(self.path, 'rb') as file:
+            self._start = 8 + int.from_bytes(file.read(8), 'little')
+            self._places: dict[str, Any] = json.loads(file.read(self._start - 8))
+            end = max(place['data_offsets'][1] for name, place in self._places.items() if name != '__metadata__')
+            if os.fstat(file.fileno()).st_size < self._start + end:  # to look beyond the end would kill the process
+                raise UnreadableFileError(f'{self.path} is cut short')
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # PyTorch wants it writable
 
-    def __enter__(self) -> 'PieceReader':
+    def __enter__(self) -> 'MappedTensors':
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        del self._map  # it ends with the last tensor of it
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor."""
-        return _DTYPES[self._places[name]['dtype']]
+    def get(self, name: str) -> torch.Tensor:
+        """The elements of a tensor, in memory order; not to be written to. Valid for as long as it is held."""
+        (first, last), dtype = self._places[name]['data_offsets'], _DTYPES[self._places[name]['dtype']]
+        if first == last:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(
+            self._map, dtype=dtype, offset=self._start + first, count=(last - first) // dtype.itemsize
+        )
 
-    def read(self, name: str, first: int, room: memoryview) -> None:
-        """Fill `room` (bytes) with a tensor's elements from number `first` on, in memory order.
-
-        Safe to call from several threads.
-
-        Raises:
-            UnreadableFileError: where the file ends before.
-        """
-        place = self._start + self._places[name]['data_offsets'][0] + first * self.dtype(name).itemsize
-        while room:
-            count = os.preadv(self._file.fileno(), [room], place)
-            if not count:
-                raise UnreadableFileError(f'{self.path} ends within {name}')
-            room, place = room[count:], place + count
+    def release(self, name: str) -> None:
+        """Take a tensor out of this process's memory; it comes back when it is looked at again."""
+        first, last = (self._start + offset for offset in self._places[name]['data_offsets'])
+        first -= first % mmap.PAGESIZE
+        if hasattr(mmap, 'MADV_DONTNEED') and last > first:
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)

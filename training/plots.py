@@ -48,7 +48,9 @@ def plot_profiles(path: Path, plan: Plan) -> None:
         ylabel='weight, relative to a plain average',
         title='EMA profiles: wanted (dashed) and achieved',
     )
-    axes.legend(title='length', fontsize='small')
+    columns = math.ceil(len(plan.combinations) / 16)
+    figure.legend(title='length', fontsize='small', loc='outside right upper', ncols=columns)
+    figure.set_figwidth(7 + 2.1 * columns)
     axes.grid(alpha=0.3)
     with atomic_path(path) as beside:
         figure.savefig(beside, format='png', dpi=120)

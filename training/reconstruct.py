@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dnnlib.errors import UserError
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, fitting_network, is_constant, open_network
-from torch_utils.tensor_files import PieceReader
+from torch_utils.tensor_files import MappedTensors
 from torch_utils.threads import one_thread
 from training.phema import STD_LIMIT, Combination, solve
 
@@ -293,49 +293,42 @@ def _network(snapshot: Snapshot) -> torch.nn.Module:
         return Denoiser(snapshot.info.config)
 
 
-class _LoadedPieces:
-    """What `PieceReader` does, for files of other kinds."""
+class _LoadedTensors:
+    """What `MappedTensors` does, for files of other kinds."""
 
     def __init__(self, path: str):
         self._file = open_network(path)
 
-    def __enter__(self) -> '_LoadedPieces':
+    def __enter__(self) -> '_LoadedTensors':
         self._file.__enter__()
         return self
 
     def __exit__(self, *details: object) -> None:
         self._file.__exit__(*details)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._file.get(name).dtype
+    def get(self, name: str) -> torch.Tensor:
+        return self._file.get(name).reshape(-1)
 
-    def read(self, name: str, first: int, room: memoryview) -> None:
-        tensor = self._file.get(name).reshape(-1)
-        stop = first + len(room) // tensor.itemsize
-        room[:] = memoryview(tensor[first:stop].contiguous().view(torch.uint8).numpy())
+    def release(self, name: str) -> None:
+        pass
 
 
-def _reader(snapshot: Snapshot) -> PieceReader | _LoadedPieces:
+def _reader(snapshot: Snapshot) -> MappedTensors | _LoadedTensors:
     ours = snapshot.path.endswith('.safetensors')
-    return PieceReader(snapshot.path) if ours else _LoadedPieces(snapshot.path)
+    return MappedTensors(snapshot.path) if ours else _LoadedTensors(snapshot.path)
 
 
-def _add(total: torch.Tensor, coefficients: torch.Tensor, name: str, files: list[PieceReader | _LoadedPieces]) -> None:
+def _add(
+    total: torch.Tensor, coefficients: torch.Tensor, name: str, files: list[MappedTensors | _LoadedTensors]
+) -> None:
     """total [networks, ...] += coefficients [networks, files] @ (files, the tensor `name` of each), piece by piece."""
     total = total.view(len(total), -1)
-    count = total.shape[1]
-    width = min(count, ELEMENTS_AT_ONCE)
-    pieces = torch.empty(len(files), width, dtype=total.dtype)
-    dtypes = [file.dtype(name) for file in files]
-    stored = {dtype: torch.empty(len(files), width, dtype=dtype) for dtype in dtypes}
-    rooms = [memoryview(stored[dtype][row].view(torch.uint8).numpy()) for row, dtype in enumerate(dtypes)]
-    for first in range(0, count, width):
-        n = min(width, count - first)
-        for file, room, dtype in zip(files, rooms, dtypes, strict=True):
-            file.read(name, first, room if n == width else room[: n * dtype.itemsize])
-        if len(stored) == 1:
-            pieces.copy_(stored[dtypes[0]])
-        else:
-            for row, dtype in enumerate(dtypes):
-                pieces[row] = stored[dtype][row]
-        total[:, first : first + n].addmm_(coefficients, pieces[:, :n])
+    width = min(total.shape[1], ELEMENTS_AT_ONCE)
+    converted = torch.empty(len(files), width, dtype=total.dtype)
+    stored = [file.get(name).split(width) for file in files]
+    for sums, *pieces in zip(total.split(width, dim=1), *stored, strict=True):
+        block = converted[:, : sums.shape[1]]
+        torch._foreach_copy_(list(block), pieces)  # one call for all: threads then rarely wait for the interpreter
+        sums.addmm_(coefficients, block)
+    for file in files:
+        file.release(name)

@@ -29,6 +29,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def mend_records(path: Path) -> None:
+    """Drop a last line that was cut short, so that lines added after it can be read."""
+    if path.exists():
+        _write_records(path, read_records(path))
+
+
 def read_stats(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's stats.jsonl."""
     return read_records(folder / STATS_FILE)
@@ -37,9 +43,12 @@ def read_stats(folder: Path) -> list[dict[str, Any]]:
 def cut_records(path: Path, nimg: int) -> None:
     """Drop what lies beyond `nimg`, so that a continued run has every line once."""
     if path.exists():
-        kept = [record for record in read_records(path) if record['nimg'] <= nimg]
-        with atomic_path(path) as beside:
-            beside.write_text(''.join(json.dumps(record) + '\n' for record in kept), encoding='utf-8')
+        _write_records(path, [record for record in read_records(path) if record['nimg'] <= nimg])
+
+
+def _write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    with atomic_path(path) as beside:
+        beside.write_text(''.join(json.dumps(record) + '\n' for record in records), encoding='utf-8')
 
 
 class RunLog:
