@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import dataset_tool
 from dnnlib.errors import UserError
 from networks.encoders import LATENT_MEAN, LATENT_STD, StabilityVAEEncoder, encode_pixels
+from networks.files import read_info
 from torch_utils.random import stream
 from training import encode as encode_module
 from training.archive import Archive
@@ -20,7 +21,7 @@ from training.dataset import ImageDataset
 from training.dataset_writer import DatasetWriter, encode_npy, work_folder, write_dataset
 from training.describe import LatentStatistics
 from training.encode import encode_dataset
-from training.inputs import to_training_images
+from training.inputs import to_training_images, training_inputs
 from training.order import BatchOrder, make_loader
 
 CPU = torch.device('cpu')
@@ -346,4 +347,16 @@ def test_latents_train(tmp_path, images, run_script):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / 'run' / 'config.json').read_text())
-    assert config['network']['img_channels'] == 4
+    assert config['network']['img_channels'] == 4 and config['encoder'] == 'stabilityvae'
+    info = read_info(tmp_path / 'run/network-snapshot-0000001-0.050.safetensors')
+    assert info.encoder == 'stabilityvae' and info.config.img_channels == 4
+    assert 'no sample grids will be drawn' in result.stderr or list((tmp_path / 'run').glob('samples-*.png'))
+
+
+def test_another_seed_draws_other_latents(config):
+    """Held-out images have draws of their own, which are not those of training."""
+    moments, numbers = torch.ones(2, 8, 4, 4), [0, 1]
+    y, _ = training_inputs(moments, torch.tensor([0, 1]), numbers, config, torch.device('cpu'))
+    other, _ = training_inputs(moments, torch.tensor([0, 1]), numbers, config, torch.device('cpu'), seed=7)
+    assert torch.equal(y, to_training_images(moments, numbers, config.seed))
+    assert torch.equal(other, to_training_images(moments, numbers, 7)) and not torch.equal(y, other)

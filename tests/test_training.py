@@ -355,7 +355,9 @@ def test_a_state_is_copied_before_training_goes_on(config, tmp_path):
     state.nimg = 1024
     before = {name: t.clone() for name, t in state.net.state_dict().items()}
     jobs = [state.saving(tmp_path), state.saving_snapshots(tmp_path)]
+    state.optimizer.param_groups[0]['lr'] = 0.1
     state.optimizer.step()
+    assert not torch.equal(before['unet.out_gain'], state.net.state_dict()['unet.out_gain'])
     state.nimg = 2048
     state.ema.update(state.net.state_dict(), 2048, 1024)
     for job in jobs:

@@ -222,7 +222,7 @@ def measure(net, nimg):
 def main():
     config = CONFIG
     with distributed.session('cpu') as device:
-        seed = int(os.environ['RANK']) if 'disagree' in os.environ else 0
+        seed = 10 * int(os.environ['RANK']) if 'disagree' in os.environ else 0
         folder = Path(sys.argv[0]).parent
         train(replace(config, seed=seed), ImageDataset(config.data), folder, device, measure=measure)
 
@@ -252,7 +252,7 @@ def test_a_rank_that_raises_ends_the_run_and_is_heard_first(config, tmp_path):
 
 def test_ranks_that_disagree_do_not_start(config, tmp_path):
     process = run_two(config, tmp_path, disagree='yes')
-    assert process.returncode != 0 and 'rank 1 disagrees with rank 0: seed is 1, was 0' in process.stderr
+    assert process.returncode != 0 and 'rank 1 disagrees with rank 0: seed is 10, was 0' in process.stderr
     assert '[rank' not in process.stderr  # no traceback
     assert not (tmp_path / 'config.json').exists()
 
