@@ -13,6 +13,7 @@ from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import decode_pixels
 from networks.files import NetworkInfo, save_network
+from sampling import pipeline
 from sampling.evaluation import portion_size
 from sampling.guidance import guide
 from sampling.pipeline import SamplerConfig, count_evaluations, generate, sample, trajectory
@@ -284,6 +285,21 @@ def test_classes(net):
     assert not torch.equal(a[0], b[0])
 
 
+def test_classes_of_many_seeds_need_few_latents(monkeypatch, tiny_config):
+    made = []
+
+    class Spy(pipeline.Streams):
+        def __init__(self, seeds, config):
+            made.append(len(seeds))
+            super().__init__(seeds, config)
+
+    seeds = list(range(300))
+    expected = pipeline.Streams(seeds, tiny_config).drawn
+    monkeypatch.setattr(pipeline, 'Streams', Spy)
+    assert torch.equal(pipeline.choose_labels(tiny_config, seeds, None, None), expected)
+    assert sum(made) == 300 and max(made) < 100
+
+
 def test_defaults_are_edm2s():
     config = SamplerConfig()
     assert (config.steps, config.sigma_min, config.sigma_max, config.rho, config.guidance) == (32, 0.002, 80, 7, 1)
@@ -352,6 +368,7 @@ def test_what_does_not_fit_is_refused(net):
     assert next(iter(generate(unconditional, [0], SamplerConfig(steps=1)))).labels is None
     for arguments, message in (
         ({'classes': [3, 10]}, 'between 0 and 9, not 10'),
+        ({'classes': [3, -1]}, 'between 0 and 9, not -1'),
         ({'guiding_net': Denoiser(NetworkConfig((16, 16), 1, 3, 16, (1, 2), 1, (4,), 16))}, 'shape.*; .*3 classes'),
     ):
         with pytest.raises(UserError, match=message):
