@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -20,8 +21,10 @@ from dnnlib.errors import UserError
 from dnnlib.parsing import parse_grid
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
+from networks.encoders import PixelEncoder
 from networks.files import NetworkInfo, save_network
 from sampling import output
+from sampling.pipeline import SamplerConfig, sample
 from tests.conftest import ROOT
 
 LABELLED = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
@@ -130,6 +133,34 @@ def test_evaluators_file_with_two_ranks(generate, run_script, nets, tmp_path):
     generate('--format=npz', net='colour', seeds='0-2', out='colour')
     with np.load(tmp_path / 'colour/images.npz') as file:
         assert file.files == ['arr_0'] and file['arr_0'].shape == (3, 8, 12, 3)
+
+
+def test_packing_leaves_files_of_others(generate, monkeypatch, tmp_path):
+    def with_notes(*args):
+        (tmp_path / 'out/000000/notes.txt').write_text('dear to someone')
+        draw_grid(*args)
+
+    draw_grid = script.draw_grid
+    monkeypatch.setattr(script, 'draw_grid', with_notes)
+    said = generate('--subdirs', '--format=npz', seeds='0,1000')
+    assert '2 images' in said and not (tmp_path / 'out/001000').exists()
+    assert [path.name for path in (tmp_path / 'out/000000').iterdir()] == ['notes.txt']
+
+
+def test_writing_leaves_no_setting_of_threads(tmp_path):
+    threads, seen = torch.get_num_threads(), []
+    config = SamplerConfig(steps=1)
+    try:
+        torch.set_num_threads(3)
+        with output.ImageWriter(tmp_path, False, PixelEncoder()) as writer:
+            for samples in sample(Denoiser(LABELLED).eval(), range(4), config, batch_size=2):
+                writer.put(samples)
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert [torch.get_num_threads(), *seen] == [3, 3]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_killed_and_continued(generate, nets, tmp_path):
