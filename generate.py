@@ -95,15 +95,13 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
     flags['seeds'] = seeds = list(dict.fromkeys(flags['seeds']))
     if film is not None:
         check_trajectory(film)
-    device = distributed.init(flags.pop('device'))
-    try:
+        check_film(film, Path(outdir))
+    with distributed.session(flags.pop('device')) as device:
         job = load(device, **flags)
         folder = make_folder(outdir)
         if film is not None:
             make_folder(film.parent)
-        if distributed.rank() == 0:
-            prepare(folder, job.record, skip_existing, overwrite)
-        distributed.barrier()
+        prepare_together(folder, job.record, skip_existing, overwrite)
         if is_complete(folder):
             distributed.print0(f'{folder} is complete')
             return
@@ -118,8 +116,32 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
                 draw_trajectory(film, trajectory(job.net, seeds[:TRAJECTORY_SEEDS], *job.how, job.encoder))
             finish(folder, job.record, choose_labels(job.net.config, seeds, None, job.classes))
             click.echo(summary(folder, job.record, len(seeds) - len(missing)))
-    finally:
-        distributed.close()
+
+
+def check_film(film: Path, folder: Path) -> None:
+    """Keep the trajectory out of the folder of images, whose readers would take a strip for one of them.
+
+    Raises:
+        UserError: where it is there.
+    """
+    if folder.resolve() in film.resolve().parents:
+        raise UserError(f'--trajectory={film} must lie outside of {folder}, which holds nothing but images')
+
+
+def prepare_together(folder: Path, record: dict[str, Any], skip_existing: bool, overwrite: bool) -> None:
+    """`prepare` on rank 0 while the others wait; a refusal is raised on all of them, so that none waits in vain.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    refusal = ''
+    if distributed.rank() == 0:
+        try:
+            prepare(folder, record, skip_existing, overwrite)
+        except UserError as error:
+            refusal = str(error)
+    if refusal := distributed.gather_text(refusal)[0]:
+        raise UserError(refusal)
 
 
 def sampler_config(flags: dict[str, Any]) -> SamplerConfig:

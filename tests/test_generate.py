@@ -227,6 +227,16 @@ def test_other_settings_are_refused(generate, nets, tmp_path):
     assert pngs(tmp_path / 'out')['000000/000000.png'] != before['000000.png']
 
 
+def test_two_ranks_are_refused_in_words(run_script, nets, tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out/holiday.png').write_bytes(b'')
+    words = [f'--net={nets}/net.safetensors', '--seeds=0', '--steps=1', f'--outdir={tmp_path}/out']
+    process = run_script('generate.py', *words, ranks=2)
+    said = [line for line in process.stderr.splitlines() if 'generate.py: error' in line]
+    assert process.returncode and said and all('holds other images, such as holiday.png' in line for line in said)
+    assert '[rank ' not in process.stderr  # a rank that waits for one that is gone has a traceback to tell
+
+
 @pytest.mark.parametrize('content', [None, 'not json', '{}', '[]', '{"seeds": 3}'])
 def test_images_of_unknown_settings_are_refused(generate, tmp_path, content):
     generate(seeds='0-1')
@@ -276,6 +286,8 @@ def test_pictures(generate, tmp_path):
     assert (strip[-64::8, -64::8] == pixels(tmp_path / 'strip/000002.png')).all()
     with pytest.raises(UserError, match=r'must end in \.gif .* or \.png'):
         generate('--trajectory=t.mp4', out='none')
+    with pytest.raises(UserError, match='must lie outside of'):  # it would be one of the images
+        generate(f'--trajectory={tmp_path}/none/films/t.png', out='none')
     assert not (tmp_path / 'none').exists()
 
 
