@@ -90,6 +90,7 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
     by the same command with --skip-existing. docs/sampling.md compares the samplers.
     """
     model = resolve_model(preset, flags['net_path'], flags['gnet_path'], flags['guidance'])
+    check_guidance(flags, model[2])
     flags['net_path'], flags['gnet_path'], flags['guidance'] = model
     flags['config'] = sampler_config(flags)
     flags['seeds'] = seeds = list(dict.fromkeys(flags['seeds']))
@@ -116,6 +117,18 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
                 draw_trajectory(film, trajectory(job.net, seeds[:TRAJECTORY_SEEDS], *job.how, job.encoder))
             finish(folder, job.record, choose_labels(job.net.config, seeds, None, job.classes))
             click.echo(summary(folder, job.record, len(seeds) - len(missing)))
+
+
+def check_guidance(flags: dict[str, Any], weight: float) -> None:
+    """Refuse what asks for guidance and would get none; `--gnet=FILE --guidance=1` says that it wants none.
+
+    Raises:
+        UserError: naming the option that is missing.
+    """
+    if weight == 1 and flags['guidance'] is None and flags['gnet_path'] is not None:
+        raise UserError('--gnet guides nothing without its weight: give --guidance=W too')
+    if weight == 1 and flags['guidance'] is None and flags['guidance_interval'] is not None:
+        raise UserError('--guidance-interval means nothing without guidance: give --gnet=FILE --guidance=W too')
 
 
 def check_film(film: Path, folder: Path) -> None:

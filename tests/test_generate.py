@@ -315,6 +315,8 @@ def test_self_guidance(generate, tmp_path):
     assert 'evaluations for each: 5, 5 of the guiding network' in said
     generate(seeds='0-1', steps=3, out='plain')
     assert pngs(tmp_path / 'out') != pngs(tmp_path / 'plain')
+    generate('--gnet=self', '--guidance=1', seeds='0-1', steps=3, out='none asked for')
+    assert pngs(tmp_path / 'none asked for') == pngs(tmp_path / 'plain')
     with pytest.raises(UserError, match='no labels to drop'):
         generate('--gnet=self', '--guidance=2', net='colour', out='none')
 
@@ -323,7 +325,9 @@ def test_bad_words(generate, tmp_path):
     for args, message in (
         (['--sampler=heum'], "unknown sampler 'heum'; did you mean heun"),
         (['--sampler=dpm++2m', '--S_churn=1'], 'takes no churn'),
-        (['--guidance-interval=2,1'], 'LO < HI'),
+        (['--guidance-interval=2,1', '--gnet=self', '--guidance=2'], 'LO < HI'),
+        (['--guidance-interval=1,2'], '--guidance-interval means nothing without guidance'),
+        (['--gnet=self'], '--gnet guides nothing without its weight'),
         (['--sigma-min=3', '--sigma-max=2'], 'sigma_min < sigma_max'),
         (['--class=10'], 'classes must be between 0 and 9, not 10'),
     ):
