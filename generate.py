@@ -90,20 +90,19 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
     by the same command with --skip-existing. docs/sampling.md compares the samplers.
     """
     model = resolve_model(preset, flags['net_path'], flags['gnet_path'], flags['guidance'])
+    check_guidance(flags, model[2])
     flags['net_path'], flags['gnet_path'], flags['guidance'] = model
     flags['config'] = sampler_config(flags)
     flags['seeds'] = seeds = list(dict.fromkeys(flags['seeds']))
     if film is not None:
         check_trajectory(film)
-    device = distributed.init(flags.pop('device'))
-    try:
+        check_film(film, Path(outdir))
+    with distributed.session(flags.pop('device')) as device:
         job = load(device, **flags)
         folder = make_folder(outdir)
         if film is not None:
             make_folder(film.parent)
-        if distributed.rank() == 0:
-            prepare(folder, job.record, skip_existing, overwrite)
-        distributed.barrier()
+        prepare_together(folder, job.record, skip_existing, overwrite)
         if is_complete(folder):
             distributed.print0(f'{folder} is complete')
             return
@@ -118,8 +117,44 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
                 draw_trajectory(film, trajectory(job.net, seeds[:TRAJECTORY_SEEDS], *job.how, job.encoder))
             finish(folder, job.record, choose_labels(job.net.config, seeds, None, job.classes))
             click.echo(summary(folder, job.record, len(seeds) - len(missing)))
-    finally:
-        distributed.close()
+
+
+def check_guidance(flags: dict[str, Any], weight: float) -> None:
+    """Refuse what asks for guidance and would get none; `--gnet=FILE --guidance=1` says that it wants none.
+
+    Raises:
+        UserError: naming the option that is missing.
+    """
+    if weight == 1 and flags['guidance'] is None and flags['gnet_path'] is not None:
+        raise UserError('--gnet guides nothing without its weight: give --guidance=W too')
+    if weight == 1 and flags['guidance'] is None and flags['guidance_interval'] is not None:
+        raise UserError('--guidance-interval means nothing without guidance: give --gnet=FILE --guidance=W too')
+
+
+def check_film(film: Path, folder: Path) -> None:
+    """Keep the trajectory out of the folder of images, whose readers would take a strip for one of them.
+
+    Raises:
+        UserError: where it is there.
+    """
+    if folder.resolve() in film.resolve().parents:
+        raise UserError(f'--trajectory={film} must lie outside of {folder}, which holds nothing but images')
+
+
+def prepare_together(folder: Path, record: dict[str, Any], skip_existing: bool, overwrite: bool) -> None:
+    """`prepare` on rank 0 while the others wait; a refusal is raised on all of them, so that none waits in vain.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    refusal = ''
+    if distributed.rank() == 0:
+        try:
+            prepare(folder, record, skip_existing, overwrite)
+        except UserError as error:
+            refusal = str(error)
+    if refusal := distributed.gather_text(refusal)[0]:
+        raise UserError(refusal)
 
 
 def sampler_config(flags: dict[str, Any]) -> SamplerConfig:

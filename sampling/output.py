@@ -6,6 +6,7 @@ DIR/dataset.json         classes, as in a data set, when all are there
 DIR/images.npz           instead of the PNGs, with --format=npz
 """
 
+import contextlib
 import json
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -153,6 +154,7 @@ class ImageWriter:
         self._thread = ThreadPoolExecutor(1, 'writing')
         self._pending: list[Future] = []
         self._failed = False
+        self._threads = torch.get_num_threads()
 
     def put(self, samples: Samples) -> None:
         """Have samples written; waits while PENDING batches are.
@@ -187,6 +189,7 @@ class ImageWriter:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=kind is not None)
+        torch.set_num_threads(self._threads)  # `decode`'s setting, made in our thread, holds for all threads to come
         if kind is None:
             for future in self._pending:
                 future.result()
@@ -218,7 +221,8 @@ def finish(folder: Path, record: dict[str, Any], labels: torch.Tensor | None) ->
         for name in names:
             (folder / name).unlink()
         for parent in {(folder / name).parent for name in names} - {folder}:
-            parent.rmdir()
+            with contextlib.suppress(OSError):  # holds something else, such as what a file manager leaves
+                parent.rmdir()
 
 
 def write_npz(path: Path, images: Iterable[np.ndarray], count: int, labels: torch.Tensor | None) -> None:

@@ -18,6 +18,8 @@ from sampling.guidance import guide
 from sampling.samplers import SAMPLERS, Churn, Denoise, Observe, get_sampler
 from torch_utils.threads import one_thread
 
+CHUNK = 64  # streams at a time, where nothing but their classes is asked for
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
@@ -295,8 +297,12 @@ def choose_labels(
     """
     if not config.label_dim:
         return None
+    if classes is None and streams is None:
+        # A few at a time: every stream draws its latent before its class, and 50,000 latents are gigabytes.
+        parts = [Streams(seeds[i : i + CHUNK], config).drawn for i in range(0, len(seeds), CHUNK)]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
     if classes is None:
-        return (streams or Streams(seeds, config)).drawn
+        return streams.drawn
     return torch.tensor([classes[seed % len(classes)] for seed in seeds])
 
 
@@ -314,7 +320,8 @@ def check_fit(
     if classes is not None and not label_dim:
         found.append('the network is unconditional and takes no class')
     elif classes is not None and not all(0 <= c < label_dim for c in classes):
-        found.append(f'classes must be between 0 and {label_dim - 1}, not {max(classes)}')
+        wrong = next(c for c in classes if not 0 <= c < label_dim)
+        found.append(f'classes must be between 0 and {label_dim - 1}, not {wrong}')
     if guiding_net is net and not label_dim:
         found.append('the network is unconditional: it has no labels to drop, and cannot guide itself')
     elif guiding_net is not None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -20,8 +21,10 @@ from dnnlib.errors import UserError
 from dnnlib.parsing import parse_grid
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
+from networks.encoders import PixelEncoder
 from networks.files import NetworkInfo, save_network
 from sampling import output
+from sampling.pipeline import SamplerConfig, sample
 from tests.conftest import ROOT
 
 LABELLED = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
@@ -132,6 +135,34 @@ def test_evaluators_file_with_two_ranks(generate, run_script, nets, tmp_path):
         assert file.files == ['arr_0'] and file['arr_0'].shape == (3, 8, 12, 3)
 
 
+def test_packing_leaves_files_of_others(generate, monkeypatch, tmp_path):
+    def with_notes(*args):
+        (tmp_path / 'out/000000/notes.txt').write_text('dear to someone')
+        draw_grid(*args)
+
+    draw_grid = script.draw_grid
+    monkeypatch.setattr(script, 'draw_grid', with_notes)
+    said = generate('--subdirs', '--format=npz', seeds='0,1000')
+    assert '2 images' in said and not (tmp_path / 'out/001000').exists()
+    assert [path.name for path in (tmp_path / 'out/000000').iterdir()] == ['notes.txt']
+
+
+def test_writing_leaves_no_setting_of_threads(tmp_path):
+    threads, seen = torch.get_num_threads(), []
+    config = SamplerConfig(steps=1)
+    try:
+        torch.set_num_threads(3)
+        with output.ImageWriter(tmp_path, False, PixelEncoder()) as writer:
+            for samples in sample(Denoiser(LABELLED).eval(), range(4), config, batch_size=2):
+                writer.put(samples)
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert [torch.get_num_threads(), *seen] == [3, 3]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_killed_and_continued(generate, nets, tmp_path):
     options = {'seeds': '0-79', 'steps': 8}
     out = tmp_path / 'out'
@@ -196,6 +227,16 @@ def test_other_settings_are_refused(generate, nets, tmp_path):
     assert pngs(tmp_path / 'out')['000000/000000.png'] != before['000000.png']
 
 
+def test_two_ranks_are_refused_in_words(run_script, nets, tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out/holiday.png').write_bytes(b'')
+    words = [f'--net={nets}/net.safetensors', '--seeds=0', '--steps=1', f'--outdir={tmp_path}/out']
+    process = run_script('generate.py', *words, ranks=2)
+    said = [line for line in process.stderr.splitlines() if 'generate.py: error' in line]
+    assert process.returncode and said and all('holds other images, such as holiday.png' in line for line in said)
+    assert '[rank ' not in process.stderr  # a rank that waits for one that is gone has a traceback to tell
+
+
 @pytest.mark.parametrize('content', [None, 'not json', '{}', '[]', '{"seeds": 3}'])
 def test_images_of_unknown_settings_are_refused(generate, tmp_path, content):
     generate(seeds='0-1')
@@ -245,6 +286,8 @@ def test_pictures(generate, tmp_path):
     assert (strip[-64::8, -64::8] == pixels(tmp_path / 'strip/000002.png')).all()
     with pytest.raises(UserError, match=r'must end in \.gif .* or \.png'):
         generate('--trajectory=t.mp4', out='none')
+    with pytest.raises(UserError, match='must lie outside of'):  # it would be one of the images
+        generate(f'--trajectory={tmp_path}/none/films/t.png', out='none')
     assert not (tmp_path / 'none').exists()
 
 
@@ -272,6 +315,8 @@ def test_self_guidance(generate, tmp_path):
     assert 'evaluations for each: 5, 5 of the guiding network' in said
     generate(seeds='0-1', steps=3, out='plain')
     assert pngs(tmp_path / 'out') != pngs(tmp_path / 'plain')
+    generate('--gnet=self', '--guidance=1', seeds='0-1', steps=3, out='none asked for')
+    assert pngs(tmp_path / 'none asked for') == pngs(tmp_path / 'plain')
     with pytest.raises(UserError, match='no labels to drop'):
         generate('--gnet=self', '--guidance=2', net='colour', out='none')
 
@@ -280,7 +325,9 @@ def test_bad_words(generate, tmp_path):
     for args, message in (
         (['--sampler=heum'], "unknown sampler 'heum'; did you mean heun"),
         (['--sampler=dpm++2m', '--S_churn=1'], 'takes no churn'),
-        (['--guidance-interval=2,1'], 'LO < HI'),
+        (['--guidance-interval=2,1', '--gnet=self', '--guidance=2'], 'LO < HI'),
+        (['--guidance-interval=1,2'], '--guidance-interval means nothing without guidance'),
+        (['--gnet=self'], '--gnet guides nothing without its weight'),
         (['--sigma-min=3', '--sigma-max=2'], 'sigma_min < sigma_max'),
         (['--class=10'], 'classes must be between 0 and 9, not 10'),
     ):

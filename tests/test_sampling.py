@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import decode_pixels
 from networks.files import NetworkInfo, save_network
+from sampling import pipeline
 from sampling.evaluation import portion_size
 from sampling.guidance import guide
 from sampling.pipeline import SamplerConfig, count_evaluations, generate, sample, trajectory
@@ -250,7 +252,8 @@ def test_an_image_depends_on_its_seed_alone_to_the_bit(net, case):
     try:
         torch.set_num_threads(3)
         others = images_of(net, range(8), batch_size=4, **options)
-        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as later:  # the caller's own setting nothing could change
+            assert later.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(together[seed], others[seed]) for seed in range(8))
@@ -282,6 +285,21 @@ def test_classes(net):
     assert set(drawn.labels.tolist()) == set(range(10))
     a, b = images_of(net, [0], classes=[1]), images_of(net, [0], classes=[2])
     assert not torch.equal(a[0], b[0])
+
+
+def test_classes_of_many_seeds_need_few_latents(monkeypatch, tiny_config):
+    made = []
+
+    class Spy(pipeline.Streams):
+        def __init__(self, seeds, config):
+            made.append(len(seeds))
+            super().__init__(seeds, config)
+
+    seeds = list(range(300))
+    expected = pipeline.Streams(seeds, tiny_config).drawn
+    monkeypatch.setattr(pipeline, 'Streams', Spy)
+    assert torch.equal(pipeline.choose_labels(tiny_config, seeds, None, None), expected)
+    assert sum(made) == 300 and max(made) < 100
 
 
 def test_defaults_are_edm2s():
@@ -352,6 +370,7 @@ def test_what_does_not_fit_is_refused(net):
     assert next(iter(generate(unconditional, [0], SamplerConfig(steps=1)))).labels is None
     for arguments, message in (
         ({'classes': [3, 10]}, 'between 0 and 9, not 10'),
+        ({'classes': [3, -1]}, 'between 0 and 9, not -1'),
         ({'guiding_net': Denoiser(NetworkConfig((16, 16), 1, 3, 16, (1, 2), 1, (4,), 16))}, 'shape.*; .*3 classes'),
     ):
         with pytest.raises(UserError, match=message):
