@@ -37,8 +37,8 @@ from metrics.registry import (
 )
 from networks.encoders import load_encoder
 from networks.files import NetworkInfo, load_network
-from sampling.pipeline import SamplerConfig, check_fit, generate
-from sampling.samplers import SAMPLERS, Churn
+from sampling.options import sampler_config, sampler_options
+from sampling.pipeline import check_fit, generate
 from torch_utils import distributed
 
 GPU_WORKERS = 4  # processes that decode beside a GPU; beside a CPU detector they would only take its cores
@@ -193,29 +193,20 @@ def compare(chosen: dict[str, Metric], start, first: str, second: str):
 @click.option('--seeds', help='An image for each.', type=cli.INTS, default='0-49999', show_default=True)
 @repeats_option('Measure so many times, each with the seeds after the last.')
 @click.option('--class', 'classes', type=cli.INTS, help='Class, or classes to cycle through; by default random.')
-@click.option('--sampler', 'name', default='heun', show_default=True, metavar='|'.join(SAMPLERS), help='Solver.')
-@click.option('--steps', type=int, default=32, show_default=True, help='Sampling steps.')
+@sampler_options
 @click.option('--guidance', type=float, default=1.0, show_default=True, help='Guidance weight; 1 is none.')
-@click.option('--guidance-interval', type=cli.FLOATS, metavar='LO,HI', help='Guide at noise levels in (LO, HI] only.')
-@click.option('--sigma-min', type=float, default=0.002, show_default=True, help='Lowest noise level.')
-@click.option('--sigma-max', type=float, default=80.0, show_default=True, help='Highest noise level.')
-@click.option('--rho', type=float, default=7.0, show_default=True, help='Spacing of the noise levels.')
-@click.option('--S_churn', 'S_churn', type=float, default=0.0, show_default=True, help='Noise added on the way.')
-@click.option('--S_min', 'S_min', type=float, default=0.0, show_default=True, help='Lowest noise level of churn.')
-@click.option('--S_max', 'S_max', type=float, default=float('inf'), show_default=True, help='Highest one.')
-@click.option('--S_noise', 'S_noise', type=float, default=1.0, show_default=True, help='Inflation of added noise.')
 @click.option('--offline', is_flag=True, help='Download nothing; URLs come from the cache.')
 @click.option('--vae', metavar='DIR', help='Folder of the VAE, for latents on machines without a network.')
 @click.option('--precision', help='Of the features.', metavar='fp32|bf16|fp16', default='fp32', show_default=True)
 @measuring('fd_pixels')
-def gen(chosen, start, net_path, gnet_path, ref, seeds, repeats, classes, offline, vae, precision, **flags):
+def gen(chosen, start, net_path, gnet_path, guidance, ref, seeds, repeats, classes, offline, vae, precision, **flags):
     """Generate images and measure them; no image is written. Images are those of generate.py for the same options.
 
     \b
     python calculate_metrics.py gen --net=net.safetensors --ref=digits.zip --seeds=0-1796
     torchrun --standalone --nproc_per_node=8 calculate_metrics.py gen --net=NET --ref=REF --metrics=fid --repeats=3
     """
-    config = sampler_config(flags)
+    config = sampler_config(flags, guidance)
     seeds = list(dict.fromkeys(seeds))
     if ref is not None:
         local_file(ref, offline)
@@ -244,15 +235,6 @@ def gen(chosen, start, net_path, gnet_path, ref, seeds, repeats, classes, offlin
             'precision': precision,
         }
         report(setup, reference, ref, gathered, source)
-
-
-def sampler_config(flags: dict[str, Any]) -> SamplerConfig:
-    """From the sampler's flags."""
-    churn = Churn(**{name: flags.pop(name) for name in ('S_churn', 'S_min', 'S_max', 'S_noise')})
-    interval = flags.pop('guidance_interval')
-    if interval is not None:
-        flags['guidance_interval'] = tuple(interval)
-    return SamplerConfig(**flags, churn=churn).check()
 
 
 @main.command(epilog=EPILOG)

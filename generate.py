@@ -16,10 +16,10 @@ from networks.denoiser import Denoiser
 from networks.encoders import Encoder, load_encoder
 from networks.files import NetworkInfo, load_network
 from networks.published_models import models_table, resolve_model
+from sampling.options import sampler_config, sampler_options
 from sampling.output import ImageWriter, finish, image_name, is_complete, missing_seeds, prepare
 from sampling.pictures import check_trajectory, default_layout, draw_grid, draw_trajectory
 from sampling.pipeline import SamplerConfig, check_fit, choose_labels, count_evaluations, sample, trajectory
-from sampling.samplers import SAMPLERS, Churn
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
 
@@ -52,23 +52,12 @@ def print_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
 @click.option('--preset', metavar='NAME', help='Published EDM2 model: network, guiding network and guidance at once.')
 @click.option('--list-presets', is_flag=True, is_eager=True, expose_value=False, callback=print_presets,
               help='Show them and stop.')  # fmt: skip
-@click.option('--guidance-interval', type=cli.FLOATS, metavar='LO,HI',
-              help='Guide at noise levels in (LO, HI] only, such as 0.19,1.61; by default at all.')  # fmt: skip
 @click.option('--outdir', required=True, metavar='DIR', help='Where the images go; DIR-grid.png shows them at once.')
 @click.option('--seeds', type=cli.INTS, required=True, help='One image for each, such as 0-99 or 1,2,5-10.')
 @click.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
 @click.option('--class', 'classes', type=cli.INTS, help='Class, or classes to cycle through; by default random.')
 @click.option('--batch', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.')
-@click.option('--sampler', 'name', default='heun', show_default=True, metavar='|'.join(SAMPLERS),
-              help='heun makes 2 N - 1 evaluations in N steps, the others N.')  # fmt: skip
-@click.option('--steps', type=int, default=32, show_default=True, help='Sampling steps.')
-@click.option('--sigma-min', type=float, default=0.002, show_default=True, help='Lowest noise level.')
-@click.option('--sigma-max', type=float, default=80.0, show_default=True, help='Highest noise level.')
-@click.option('--rho', type=float, default=7.0, show_default=True, help='Spacing of the noise levels.')
-@click.option('--S_churn', 'S_churn', type=float, default=0.0, show_default=True, help='Noise added on the way.')
-@click.option('--S_min', 'S_min', type=float, default=0.0, show_default=True, help='Lowest noise level of churn.')
-@click.option('--S_max', 'S_max', type=float, default=float('inf'), show_default=True, help='Highest one.')
-@click.option('--S_noise', 'S_noise', type=float, default=1.0, show_default=True, help='Inflation of added noise.')
+@sampler_options
 @click.option('--skip-existing', is_flag=True, help='Continue: keep the images that are there.')
 @click.option('--overwrite', is_flag=True, help='Replace images that were made with other settings.')
 @click.option('--format', 'form', type=click.Choice(['png', 'npz']), default='png', show_default=True,
@@ -91,8 +80,9 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
     """
     model = resolve_model(preset, flags['net_path'], flags['gnet_path'], flags['guidance'])
     check_guidance(flags, model[2])
-    flags['net_path'], flags['gnet_path'], flags['guidance'] = model
-    flags['config'] = sampler_config(flags)
+    flags['net_path'], flags['gnet_path'], weight = model
+    del flags['guidance']
+    flags['config'] = sampler_config(flags, weight)
     flags['seeds'] = seeds = list(dict.fromkeys(flags['seeds']))
     if film is not None:
         check_trajectory(film)
@@ -155,16 +145,6 @@ def prepare_together(folder: Path, record: dict[str, Any], skip_existing: bool, 
             refusal = str(error)
     if refusal := distributed.gather_text(refusal)[0]:
         raise UserError(refusal)
-
-
-def sampler_config(flags: dict[str, Any]) -> SamplerConfig:
-    """Take the sampler's flags out of all flags."""
-    churn = Churn(**{name: flags.pop(name) for name in ('S_churn', 'S_min', 'S_max', 'S_noise')})
-    given = {name: flags.pop(name) for name in ('name', 'steps', 'sigma_min', 'sigma_max', 'rho', 'guidance')}
-    interval = flags.pop('guidance_interval')
-    if interval is not None:
-        given['guidance_interval'] = tuple(interval)
-    return SamplerConfig(**given, churn=churn).check()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """A metric against EMA length: reconstruct, generate, measure, without writing a network."""
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -17,7 +16,7 @@ from evaluation.sweep import Sweep, plot_sweep
 from metrics.records import format_int_list
 from networks.encoders import load_encoder
 from networks.files import load_network
-from sampling.pipeline import SamplerConfig
+from sampling.options import sampler_config, sampler_options
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
 from training.config import differences
@@ -42,27 +41,22 @@ Examples:
 @click.option('--seeds', type=cli.INTS, default='0-49999', show_default=True, help='An image for each.')
 @click.option('--gnet', 'gnet_path', metavar='FILE|URL', help='Guiding network file.')
 @click.option('--guidance', type=cli.FLOATS, default='1', show_default=True, help='Guidance weights, such as 1,1.2.')
-@click.option('--guidance-interval', type=cli.FLOATS, metavar='LO,HI', help='Guide at noise levels in (LO, HI] only.')
-@click.option('--sampler', 'name', default='heun', show_default=True, metavar='NAME', help='See generate.py.')
-@click.option('--steps', type=int, default=32, show_default=True, help='Sampling steps.')
+@sampler_options
 @click.option('--batch', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.')
 @click.option('--precision', default='fp32', show_default=True, metavar='fp32|bf16|fp16', help='Of the features.')
 @click.option('--instd', type=cli.FLOATS, help='Use snapshots of these lengths only.')
 @click.option('--memory', type=click.FloatRange(min=0), metavar='GIB', help='For networks; half of what is free.')
 @click.option('--vae', metavar='DIR', help='Folder of the VAE, for latents on machines without a network.')
 @click.option('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
-def main(indir, outdir, outstd, outnimg, metrics, ref, seeds, gnet_path, guidance, guidance_interval, name, steps,
-         batch, precision, instd, memory, vae, device):  # fmt: skip
+def main(indir, outdir, outstd, outnimg, metrics, ref, seeds, gnet_path, guidance, batch, precision, instd, memory, vae,
+         device, **flags):  # fmt: skip
     """Measure networks of many EMA lengths (and training times, and guidance weights), a row for each.
 
     The same command continues a sweep that was stopped, and measures nothing twice; lengths, times and weights may be
     added. sweep.png shows each metric against EMA length.
     """
     require_matplotlib()
-    sampler = SamplerConfig(name=name, steps=steps, guidance=max(guidance, key=abs))
-    if guidance_interval is not None:
-        sampler = dataclasses.replace(sampler, guidance_interval=tuple(guidance_interval))
-    sampler.check()
+    sampler = sampler_config(flags, max(guidance, key=abs))
     if gnet_path is None and any(weight != 1 for weight in guidance):
         raise UserError('guidance other than 1 needs a guiding network: --gnet=FILE')
     snapshots = find_snapshots(indir, instd)
