@@ -121,7 +121,7 @@ def main(
         require_tensorboard()
     world_size = int(os.environ.get('WORLD_SIZE', '1'))
     config, dataset = make_config(preset, data, cond, overrides, world_size, offline)
-    with StopSignals() as signals, distributed.session(device) as chosen:
+    with StopSignals(last=True) as signals, distributed.session(device) as chosen:
         measure = make_measure(config, chosen, metrics.split(','), ref, metric_seeds, vae) if metrics else None
         folder = make_folder(outdir)
         train(

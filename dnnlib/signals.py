@@ -13,12 +13,17 @@ class StopSignals:
     A second SIGINT (an impatient Ctrl-C) interrupts as usual. Outside the main thread, where Python lets no one
     handle signals, nothing is changed.
 
+    Args:
+        last: Whether the process ends afterwards. Then signals are ignored from the end of the block on: a scheduler
+            sends them one by one, and a late one would kill a process that has done what it was asked to.
+
     Attributes:
         received: Name of the first signal, or None.
     """
 
-    def __init__(self):
+    def __init__(self, last: bool = False):
         self.received: str | None = None
+        self._last = last
         self._before = {}
 
     def __enter__(self) -> 'StopSignals':
@@ -30,7 +35,7 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._last else handler)
         self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

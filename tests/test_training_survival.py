@@ -267,6 +267,15 @@ def test_signals_are_noted_and_the_second_interrupt_is_obeyed():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
     assert signal.getsignal(signal.SIGTERM) == before
+    try:
+        with StopSignals(last=True):
+            pass
+        os.kill(os.getpid(), signal.SIGUSR1)  # would end this process
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        for name in ('SIGTERM', 'SIGUSR1'):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_writer_raises_what_stopped_it():
