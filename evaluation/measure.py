@@ -1,5 +1,6 @@
 """Measuring networks on the fly: images are generated, seen by the detectors, and forgotten."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ class NetworkMeasure:
         self.prepare(net.config)
         config = self.config
         if guidance is not None:
-            config = SamplerConfig(**{**vars(config), 'guidance': guidance})
+            config = dataclasses.replace(config, guidance=guidance)
 
         def make(seeds: list[int], batch_size: int):
             return generate(net, seeds, config, guiding_net, batch_size=batch_size, encoder=self.encoder)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from networks.denoiser import PRECISIONS, Denoiser
-from networks.files import NetworkInfo, is_constant, save_network
+from networks.files import NetworkInfo, build_network, is_constant, save_network
 from torch_utils.tensor_files import TensorFile, UnreadableFileError, save_tensors
 from training.config import KIMG, TrainConfig, refuse_differences
 from training.ema import HalfLifeEMA
@@ -166,10 +166,8 @@ class TrainState:
 
     def averaged_net(self, std: float) -> Denoiser:
         """A network of its own with one EMA's weights, in evaluation mode."""
-        with torch.device('meta'):
-            net = Denoiser(self.config.network, precision=self.config.precision)
-        net.load_state_dict({name: t.clone() for name, t in self.ema.averages[std].items()}, assign=True)
-        return net.eval().requires_grad_(False)
+        weights = {name: t.clone() for name, t in self.ema.averages[std].items()}
+        return build_network(self.config.network, weights, self.net.device, self.config.precision)
 
 
 def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
