@@ -10,8 +10,8 @@ from dnnlib.errors import UserError
 from networks.complexity import Complexity, complexity, saved_bytes
 from networks.config import NetworkConfig
 from networks.files import read_info
-from training.presets import get_preset, network_config
-from training.published import TABLES, PublishedRow
+from training.presets.edm2 import get_preset, network_config
+from training.presets.paper_tables import TABLES, PublishedRow
 
 EPILOG = """\b
 Examples:

@@ -11,22 +11,22 @@ from pathlib import Path
 import click
 import numpy as np
 
+from dataset.files.archive import LATENT_CHANNELS, NPY, is_zip_name, shape_text
+from dataset.files.writer import DatasetWriter, work_folder
+from dataset.making.convert import FORMATS, Conversion, Recipe, content_key, estimate, recipe_problems
+from dataset.making.encode import encode_dataset
+from dataset.making.statistics import latent_statistics, pixel_statistics
+from dataset.making.transforms import COLORS, TRANSFORMS
+from dataset.reader import ImageDataset
+from dataset.sources.source import Source
+from dataset.sources.table import EMBEDDED, SOURCES, balanced_order, class_lines, open_source
 from dnnlib import cli
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder
 from dnnlib.images import image_grid, save_png
 from networks.encoders import DEFAULT_VAE, load_encoder
 from torch_utils import distributed
-from training.archive import LATENT_CHANNELS, NPY, is_zip_name, shape_text
-from training.convert import FORMATS, Conversion, Recipe, content_key, estimate, recipe_problems
-from training.dataset import ImageDataset
-from training.dataset_writer import DatasetWriter, work_folder
-from training.describe import latent_statistics, pixel_statistics
-from training.encode import encode_dataset
-from training.parallel import default_workers
-from training.source import Source
-from training.sources import EMBEDDED, SOURCES, balanced_order, class_lines, open_source
-from training.transforms import COLORS, TRANSFORMS
+from torch_utils.parallel import default_workers
 
 SOURCE_HELP = (
     f'An embedded set ({", ".join(EMBEDDED)}; a folder so named: ./{EMBEDDED[0]}), or the path of: '

@@ -15,7 +15,7 @@ from dnnlib.parsing import parse_grid
 from networks.denoiser import Denoiser
 from networks.encoders import Encoder, load_encoder
 from networks.files import NetworkInfo, load_network
-from networks.published_models import models_table, resolve_model
+from networks.published.models import models_table, resolve_model
 from sampling.options import sampler_config, sampler_options
 from sampling.output import ImageWriter, finish, image_name, is_complete, missing_seeds, prepare
 from sampling.pictures import check_trajectory, default_layout, draw_grid, draw_trajectory

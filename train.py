@@ -17,12 +17,12 @@ from networks.denoiser import Denoiser
 from networks.encoders import Encoder, load_encoder
 from sampling.pipeline import SamplerConfig, generate
 from torch_utils import distributed
-from training.board import require_tensorboard
 from training.config import KIMG, TrainConfig, from_preset
+from training.cost import plan
 from training.initial import check_initial
 from training.loop import Measure, Preview, open_dataset, train
-from training.plan import plan
-from training.presets import PRESETS, get_preset
+from training.monitor.board import require_tensorboard
+from training.presets.edm2 import PRESETS, get_preset
 
 EPILOG = """\b
 Examples:

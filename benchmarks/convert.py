@@ -76,7 +76,7 @@ def write_file(folder: Path) -> Path:
 import torch
 from networks.denoiser import Denoiser
 from tests.published_files import write_published
-from training.presets import get_preset, network_config
+from training.presets.edm2 import get_preset, network_config
 from pathlib import Path
 net = Denoiser(network_config(get_preset('edm2-img64-s')))
 write_published(Path({str(path)!r}), net, torch.float16)

@@ -24,13 +24,13 @@ import PIL.Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from training.archive import decode_image, decode_npy
-from training.convert import Recipe, make_file
-from training.dataset import ImageDataset
-from training.dataset_index import index_path
-from training.dataset_writer import DatasetWriter, encode_npy, encode_png
+from dataset.files.archive import decode_image, decode_npy
+from dataset.files.index import index_path
+from dataset.files.writer import DatasetWriter, encode_npy, encode_png
+from dataset.making.convert import Recipe, make_file
+from dataset.reader import ImageDataset
+from dataset.sources.table import open_source
 from training.order import BatchOrder, make_loader
-from training.sources import open_source
 
 BATCH = 64
 folder_option = click.option('--folder', help='Where to put the data for a while.')
@@ -127,7 +127,7 @@ OPEN = """
 import json, sys, time
 start = time.perf_counter()
 import os, torch
-from training.dataset import ImageDataset
+from dataset.reader import ImageDataset
 from training.order import BatchOrder, make_loader
 imported = time.perf_counter()
 dataset = ImageDataset(sys.argv[1])

@@ -13,13 +13,13 @@ from pathlib import Path
 import click
 import torch
 
+from dataset.reader import ImageDataset
 from metrics.collectors import Statistics
 from metrics.detectors import DetectorOptions, load_detector
 from metrics.frechet import frechet_distance
 from metrics.gathering import Need, gather
 from metrics.reading import describe, read_batches
 from tests.helpers import make_archive, random_inception
-from training.dataset import ImageDataset
 
 
 @click.command()

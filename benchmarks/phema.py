@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from ema.reconstruct import Plan, Wanted, find_snapshots
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, is_constant, save_network
-from training.presets import get_preset, network_config
-from training.reconstruct import Plan, Wanted, find_snapshots
+from training.presets.edm2 import get_preset, network_config
 
 MI = 2**20
 

@@ -10,7 +10,7 @@ import torch
 
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
-from sampling.evaluation import evaluating, portion_size
+from sampling.portions import evaluating, portion_size
 
 NETWORKS = {
     '8x8x1, 64 channels, G*': NetworkConfig((8, 8), 1, 10, 64, (1, 2), 2, (8, 4)),

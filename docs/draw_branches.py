@@ -6,7 +6,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from dnnlib import cli
 from dnnlib.files import atomic_path
-from networks.branches import BRANCHES, DECODER_ONLY, LAYERS, MODULATE, SILU, Branch
+from networks.edm2.branches import BRANCHES, DECODER_ONLY, LAYERS, MODULATE, SILU, Branch
 
 COLOURS = {'dense': '#e4572e', 'depthwise': '#4c9f70', 'pointwise': '#3f88c5', SILU: '#d9d9d9', MODULATE: '#f3a712'}
 WIDTHS = {'out': 1.0, 'wide': 1.7}  # of the drawn boxes: how many channels come out
@@ -60,7 +60,7 @@ def draw() -> Figure:
 @click.command()
 @click.option('--dest', default='docs/branches.png', show_default=True, help='Where the picture goes.')
 def main(dest):
-    """Draw the residual branches of networks/branches.py."""
+    """Draw the residual branches of networks/edm2/branches.py."""
     with atomic_path(dest) as beside:
         draw().savefig(beside, format='png', dpi=80, metadata={'Description': fingerprint()})
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dataset.reader import ImageDataset
 from dnnlib.download import local_file
 from metrics.detectors import Detector, DetectorOptions, load_detectors
 from metrics.gathering import Batch, Gathered, ImageSet, Need, gather
@@ -19,7 +20,6 @@ from networks.denoiser import Denoiser
 from networks.encoders import Encoder, PixelEncoder
 from sampling.pipeline import SamplerConfig, generate
 from torch_utils import distributed
-from training.dataset import ImageDataset
 
 VAE_FACTOR = 8  # side of a picture over that of its latents
 

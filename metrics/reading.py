@@ -19,7 +19,7 @@ JPEGS = ('.jpg', '.jpeg')
 
 
 class Images(Protocol):
-    """What a reader of images offers; `training.dataset.ImageDataset` does, and `NpzImages`.
+    """What a reader of images offers; `dataset.reader.ImageDataset` does, and `NpzImages`.
 
     Attributes:
         name: For people.

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from dnnlib.errors import UserError, unknown_choice
-from networks.branches import BRANCHES
+from networks.edm2.branches import BRANCHES
 
 # Configs also come from files that nobody vouches for: beyond these, building one would take minutes or overflow.
 MOST_LEVELS = 16
@@ -26,7 +26,7 @@ class NetworkConfig:
         num_blocks: Blocks per level.
         attn_resolutions: Levels whose shorter side is in this list have attention in their blocks.
         channels_per_head: Width of an attention head.
-        block: Residual branch: a letter of `networks.branches.BRANCHES`; `A` is EDM2, `G*` is EDM2+.
+        block: Residual branch: a letter of `networks.edm2.branches.BRANCHES`; `A` is EDM2, `G*` is EDM2+.
         dropout: Share of features dropped in training.
         sigma_data: Expected standard deviation of the training data.
     """

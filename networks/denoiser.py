@@ -5,8 +5,8 @@ from torch import nn
 
 from dnnlib.errors import UserError, unknown_choice
 from networks.config import NetworkConfig
-from networks.magnitude import MPConv, MPFourier
-from networks.unet import UNet
+from networks.edm2.magnitude import MPConv, MPFourier
+from networks.edm2.unet import UNet
 
 LOGVAR_CHANNELS = 128
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}

@@ -11,7 +11,7 @@ from dnnlib.download import local_file
 from dnnlib.errors import UserError
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
-from networks.published import PublishedFile
+from networks.published.edm2 import PublishedFile
 from torch_utils.pickles import looks_like_pickle
 from torch_utils.tensor_files import TensorFile, save_tensors
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from diffusion.noise import edm_sigmas
+from diffusion.levels import edm_sigmas
 from dnnlib.errors import UserError, unknown_choice
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import Encoder, PixelEncoder
-from sampling.evaluation import Portions, evaluating
 from sampling.guidance import guide
+from sampling.portions import Portions, evaluating
 from sampling.samplers import SAMPLERS, Churn, Denoise, Observe, get_sampler
 from torch_utils.threads import one_thread
 

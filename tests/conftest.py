@@ -14,13 +14,13 @@ import hypothesis
 import pytest
 import torch
 
-from diffusion.noise import LogNormal
+from dataset.reader import ImageDataset
+from diffusion.levels import LogNormal
 from networks.config import NetworkConfig
 from tests.helpers import make_archive
 from training.config import TrainConfig
-from training.dataset import ImageDataset
-from training.learning_rate import LearningRate
 from training.loop import train
+from training.optimizer import LearningRate
 
 ROOT = Path(__file__).parent.parent
 

@@ -135,7 +135,7 @@ def content_of(net: Denoiser, dtype=torch.float16, encoder: object = 'StandardRG
         ema=stored(net, dtype, {**arguments_of(net), **arguments}),
         encoder=encoder_of(encoder) if encoder is None or isinstance(encoder, str) else encoder,
         dataset_kwargs=EasyDict(
-            class_name='training.dataset.ImageFolderDataset', path='/data/img64.zip', use_labels=True
+            class_name='dataset.reader.ImageFolderDataset', path='/data/img64.zip', use_labels=True
         ),
         loss_fn=Persistent('EDM2Loss', {'P_mean': -0.8, 'P_std': 1.6, 'sigma_data': 0.5}),
     )

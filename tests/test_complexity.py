@@ -8,8 +8,8 @@ import torch
 from networks.complexity import _Counter, attention_cost, complexity, saved_bytes
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
-from training.presets import get_preset, network_config
-from training.published import TABLES
+from training.presets.edm2 import get_preset, network_config
+from training.presets.paper_tables import TABLES
 
 KNOWN_TO_DIFFER = {('edm2plus-img64-s', 'edm2plus-img64-xs/0'), ('edm2plus-img64-xl',)}  # each with a note
 

@@ -1,4 +1,4 @@
-"""Conversions that stop, go on, run in parallel or pass over images (training/convert.py, dataset_writer.py)."""
+"""Conversions that stop, go on, run in parallel or pass over images (dataset/making/convert.py, dataset_writer.py)."""
 
 import errno
 import fcntl
@@ -18,11 +18,11 @@ import pytest
 from click.testing import CliRunner
 
 import dataset_tool
+from dataset.files.archive import Archive
+from dataset.files.writer import DatasetWriter, work_folder
+from dataset.making.transforms import TRANSFORMS
+from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
-from training.archive import Archive
-from training.dataset import ImageDataset
-from training.dataset_writer import DatasetWriter, work_folder
-from training.transforms import TRANSFORMS
 
 ROOT = Path(__file__).parent.parent
 
@@ -278,7 +278,7 @@ def test_going_on_gives_the_same(tmp_path, many, monkeypatch, ending):
     with pytest.raises(UserError, match=f'{dest} was stopped after 1000 images; add --resume to go on, or --overwrite'):
         convert(many, dest, '--skip-broken')
     read = []
-    monkeypatch.setattr('training.convert.make_file', lambda *args, old=dataset_tool.Conversion.write.__globals__[
+    monkeypatch.setattr('dataset.making.convert.make_file', lambda *args, old=dataset_tool.Conversion.write.__globals__[
         'make_file']: read.append(args[1]) or old(*args))  # fmt: skip
     output = convert(many, dest, '--skip-broken', '--resume', '--workers=0')
     assert min(read[16:]) >= 1000, 'images before the checkpoint were made again'  # 16 for the estimate

@@ -1,4 +1,4 @@
-"""Reading datasets (training/archive.py, training/dataset.py) and the data order (training/order.py)."""
+"""Reading datasets (dataset/files/archive.py, dataset/reader.py) and the data order (training/order.py)."""
 
 import io
 import itertools
@@ -14,10 +14,10 @@ import PIL.Image
 import pytest
 import torch
 
+from dataset.files.archive import Archive
+from dataset.files.writer import write_dataset
+from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
-from training.archive import Archive
-from training.dataset import ImageDataset
-from training.dataset_writer import write_dataset
 from training.order import BatchOrder, epoch_order, make_loader
 
 COUNT, HEIGHT, WIDTH = 23, 5, 7

@@ -1,4 +1,4 @@
-"""The index that large datasets keep beside them (training/dataset_index.py, training/file_table.py)."""
+"""The index that large datasets keep beside them (dataset/files/index.py, dataset/files/file_table.py)."""
 
 import multiprocessing
 import os
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from training import dataset_index
-from training.dataset import ImageDataset
-from training.dataset_index import index_path, open_index
-from training.dataset_writer import DatasetWriter, write_dataset
-from training.file_table import Names
+from dataset.files import index as dataset_index
+from dataset.files.file_table import Names
+from dataset.files.index import index_path, open_index
+from dataset.files.writer import DatasetWriter, write_dataset
+from dataset.reader import ImageDataset
 
 COUNT = 12
 
@@ -191,7 +191,7 @@ def test_the_order_of_a_mapped_index_is_kept(tmp_path, monkeypatch):
 
 
 def _npy(image):
-    from training.dataset_writer import encode_npy
+    from dataset.files.writer import encode_npy
 
     return encode_npy(image.transpose(2, 0, 1))
 

@@ -1,4 +1,4 @@
-"""Making datasets: dataset_tool.py, training/sources.py and training/transforms.py."""
+"""Making datasets: dataset_tool.py, dataset/sources/table.py and dataset/making/transforms.py."""
 
 import errno
 import json
@@ -16,10 +16,10 @@ import pytest
 from sklearn.datasets import load_digits
 
 import dataset_tool
+from dataset.making.transforms import normalize
+from dataset.reader import ImageDataset
+from dataset.sources.table import balanced_order, open_source
 from dnnlib import cli
-from training.dataset import ImageDataset
-from training.sources import balanced_order, open_source
-from training.transforms import normalize
 
 ROOT = Path(__file__).parent.parent
 

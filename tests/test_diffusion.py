@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion.noise import LogNormal, edm_sigmas
+from diffusion.levels import LogNormal, edm_sigmas
 
 # Measured from the published sampler at N = 18.
 N18 = (

@@ -8,7 +8,7 @@ import torch
 
 from networks.files import load_network, read_info
 from tests.conftest import ROOT
-from training.records import read_stats
+from training.monitor.log import read_stats
 
 
 @pytest.fixture(scope='module')

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._dynamo import config as dynamo_config
 
-from networks.branches import BRANCHES
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
-from networks.magnitude import normalize
-from networks.unet import Block
+from networks.edm2.branches import BRANCHES
+from networks.edm2.magnitude import normalize
+from networks.edm2.unet import Block
 from tests.test_networks import golden_inputs, golden_net
 
 # Every layer rounds to 8 bits of mantissa (bfloat16: 4e-3) or 11 (float16: 5e-4); errors of some thirty layers add

@@ -1,4 +1,4 @@
-"""Latents: encoding a dataset, drawing from it, and training on it (training/encode.py, training/inputs.py)."""
+"""Latents: encoding a dataset, drawing from it, and training on it (dataset/making/encode.py, training/inputs.py)."""
 
 import itertools
 import json
@@ -11,16 +11,16 @@ import torch
 from click.testing import CliRunner
 
 import dataset_tool
+from dataset.files.archive import Archive
+from dataset.files.writer import DatasetWriter, encode_npy, work_folder, write_dataset
+from dataset.making.encode import encode_dataset
+from dataset.making.statistics import LatentStatistics
+from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
 from networks.encoders import LATENT_MEAN, LATENT_STD, StabilityVAEEncoder, encode_pixels
 from networks.files import read_info
 from torch_utils.random import stream
-from training import encode as encode_module
-from training.archive import Archive
-from training.dataset import ImageDataset
-from training.dataset_writer import DatasetWriter, encode_npy, work_folder, write_dataset
-from training.describe import LatentStatistics
-from training.encode import encode_dataset
+from dataset.making import encode as encode_module
 from training.inputs import to_training_images, training_inputs
 from training.order import BatchOrder, make_loader
 

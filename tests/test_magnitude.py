@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from networks.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
+from networks.edm2.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dnnlib.errors import UserError
-from networks.branches import BRANCHES
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
-from networks.unet import CLIP_ACTIVATIONS, Block
-from training.loss import DenoisingLoss
+from networks.edm2.branches import BRANCHES
+from networks.edm2.unet import CLIP_ACTIVATIONS, Block
+from training.methods.denoising import DenoisingLoss
 
 PIXELS = 2 * 3 * 16 * 16
 # The golden values come from another order of float32 operations: a few units in the last place after some
@@ -155,7 +155,7 @@ def test_dropout_sits_behind_the_modulation(tiny_config, monkeypatch):
         block(torch.ones(1, 16, 4, 4), torch.ones(1, 32))
         assert dropped == [((1, width, 4, 4), 0.3)]
     calls = []
-    monkeypatch.setattr('networks.unet.mp_silu', lambda y: calls.append('silu') or y)
+    monkeypatch.setattr('networks.edm2.unet.mp_silu', lambda y: calls.append('silu') or y)
     monkeypatch.setattr(torch.nn.functional, 'dropout', lambda y, p: calls.append('dropout') or y)
     Block(16, 16, 32, replace(tiny_config, block='C', dropout=0.3), 'enc').train()(
         torch.ones(1, 16, 4, 4), torch.ones(1, 32)

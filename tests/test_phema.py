@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ema.power import PowerEMA, combine, correlation, ema_beta, exp_to_std, solve, std_to_exp
 from tests.conftest import ROOT
-from training.phema import PowerEMA, combine, correlation, ema_beta, exp_to_std, solve, std_to_exp
 
 lengths = st.floats(0.01, 0.28)
 

@@ -14,16 +14,18 @@ import pytest
 import safetensors.torch
 import torch
 
+from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
+from ema.reconstruct import Plan, Wanted, find_snapshots
 from networks import convert as convert_module
 from networks.config import NetworkConfig
 from networks.convert import convert, convert_folder
 from networks.denoiser import Denoiser
+from networks.edm2.magnitude import normalize
 from networks.encoders import SIGMA_DATA, sample_latents
 from networks.files import load_network, open_network, read_info, save_network
-from networks.magnitude import normalize
-from networks.published import NAMES, describe_name, find_encoder, rebuild_config
-from networks.published_models import BASE_URL, MODELS, models_table, resolve_model
+from networks.published.edm2 import NAMES, describe_name, find_encoder, rebuild_config
+from networks.published.models import BASE_URL, MODELS, models_table, resolve_model
 from tests import published_files as files
 from tests import test_pickles as hostile
 from tests.helpers import make_archive
@@ -31,11 +33,9 @@ from tests.test_networks import close, golden_inputs, golden_net
 from torch_utils.pickled_tensors import TENSORS, Storage
 from torch_utils.pickles import read_pickle
 from training.config import from_preset
-from training.dataset import ImageDataset
 from training.initial import check_initial, start_from
 from training.loop import train
-from training.presets import PRESETS
-from training.reconstruct import Plan, Wanted, find_snapshots
+from training.presets.edm2 import PRESETS
 from training.state import TrainState
 
 TINY = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16, block='A')

@@ -9,13 +9,13 @@ import torch
 
 import reconstruct_phema
 from dnnlib.errors import UserError
+from ema.half_life import HalfLifeEMA, halflife_beta
+from ema.power import combine, profile, solve, std_to_exp
+from ema.reconstruct import Plan, Wanted, find_snapshots
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, is_constant, load_network, read_info, save_network
 from tests.helpers import state_tensors
-from training.ema import HalfLifeEMA, halflife_beta
-from training.phema import combine, profile, solve, std_to_exp
-from training.reconstruct import Plan, Wanted, find_snapshots
 
 CONFIG = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
 TIMES, STDS = [2048 * i for i in range(1, 13)], (0.05, 0.10)

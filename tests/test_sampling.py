@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from diffusion.noise import edm_sigmas
+from diffusion.levels import edm_sigmas
 from dnnlib.errors import UserError
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import decode_pixels
 from networks.files import NetworkInfo, save_network
 from sampling import pipeline
-from sampling.evaluation import portion_size
 from sampling.guidance import guide
 from sampling.pipeline import SamplerConfig, count_evaluations, generate, sample, trajectory
+from sampling.portions import portion_size
 from sampling.samplers import SAMPLERS, Churn, dpmpp_2m, heun
 from tests.conftest import ROOT
 

@@ -1,4 +1,4 @@
-"""Every source on small data made here (training/sources.py, training/packed_sources.py)."""
+"""Every source on small data made here (dataset/sources/table.py, dataset/sources/tables.py)."""
 
 import gzip
 import io
@@ -11,12 +11,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from dataset.files.archive import Archive
+from dataset.files.writer import encode_npy
+from dataset.making.transforms import normalize, to_uint8
+from dataset.sources.table import open_source
+from dataset.sources.tables import open_cifar10
 from dnnlib.errors import UserError
-from training.archive import Archive
-from training.dataset_writer import encode_npy
-from training.packed_sources import open_cifar10
-from training.sources import open_source
-from training.transforms import normalize, to_uint8
 
 RNG = np.random.default_rng(0)
 

@@ -6,14 +6,14 @@ import json
 import pytest
 import torch
 
-from diffusion.noise import LogNormal
+from dataset.reader import ImageDataset
+from diffusion.levels import LogNormal
 from evaluation.sweep import read_rows
 from networks.config import NetworkConfig
 from tests.helpers import make_archive
 from training.config import TrainConfig
-from training.dataset import ImageDataset
-from training.learning_rate import LearningRate
 from training.loop import train
+from training.optimizer import LearningRate
 
 pytest.importorskip('matplotlib')
 

@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion.noise import LogNormal
+from dataset.reader import ImageDataset
+from diffusion.levels import LogNormal
 from dnnlib.errors import UserError
+from ema.power import std_to_exp
 from networks.denoiser import Denoiser
 from networks.encoders import decode_pixels, encode_pixels
 from networks.files import load_network
 from tests.helpers import state_tensors
 from torch_utils.tensor_files import TensorFile, save_tensors
 from training.config import from_preset, refuse_differences
-from training.dataset import ImageDataset
-from training.learning_rate import LearningRate
 from training.loop import train
-from training.loss import DenoisingLoss, training_draws
+from training.methods.denoising import DenoisingLoss, training_draws
+from training.monitor.log import read_stats
+from training.optimizer import LearningRate
 from training.order import BatchOrder
-from training.phema import std_to_exp
-from training.presets import PRESETS, get_preset
-from training.records import read_stats
+from training.presets.edm2 import PRESETS, get_preset
 from training.state import TrainState, state_files
 from training.step import clean_gradients
 

@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.noise import LogNormal
+from dataset.reader import ImageDataset
+from diffusion.levels import LogNormal
 from dnnlib.errors import UserError
 from networks.complexity import complexity, saved_bytes
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import encode_pixels
 from training.config import from_preset
-from training.dataset import ImageDataset
+from training.cost import format_bytes, memory, plan
 from training.heldout import held_out_loss, split
-from training.loss import DenoisingLoss, training_draws
-from training.magnitudes import magnitudes, mean_and_max
+from training.methods.denoising import DenoisingLoss, training_draws
+from training.monitor.log import RunLog, append_record, cut_records, read_records, read_stats
+from training.monitor.magnitudes import magnitudes, mean_and_max
+from training.monitor.step_stats import BINS, LossSums, PendingStats, StepStats, noise_edges, reduced, summarize
+from training.monitor.timing import PhaseTimer
 from training.order import BatchOrder
-from training.plan import format_bytes, memory, plan
-from training.records import RunLog, append_record, cut_records, read_records, read_stats
-from training.step_stats import BINS, LossSums, PendingStats, StepStats, noise_edges, reduced, summarize
-from training.timing import PhaseTimer
 
 CPU = torch.device('cpu')
 LEVELS = LogNormal(-0.8, 1.6)
@@ -254,7 +254,7 @@ def test_tensorboard(config, tmp_path):
 
 
 def test_tensorboard_missing(monkeypatch):
-    from training import board
+    from training.monitor import board
 
     monkeypatch.setattr(board.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(UserError, match='pip install tensorboard'):

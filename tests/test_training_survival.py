@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dnnlib.background import BackgroundWriter
 from dnnlib.errors import UserError
 from dnnlib.files import locked_folder
 from dnnlib.signals import StopSignals
 from tests.conftest import ROOT
 from tests.helpers import state_tensors
-from training.records import append_record, read_stats
+from training.monitor.log import append_record, read_stats
 from training.state import remove_leftovers, state_files
-from training.writer import BackgroundWriter
 
 
 @pytest.fixture
@@ -202,13 +202,13 @@ from pathlib import Path
 
 import click
 
-from diffusion.noise import LogNormal
+from diffusion.levels import LogNormal
 from dnnlib import cli
 from networks.config import NetworkConfig
 from torch_utils import distributed
 from training.config import TrainConfig
-from training.dataset import ImageDataset
-from training.learning_rate import LearningRate
+from dataset.reader import ImageDataset
+from training.optimizer import LearningRate
 from training.loop import train
 
 

@@ -1,11 +1,11 @@
-"""Transforms against numbers worked out without Pillow (training/transforms.py)."""
+"""Transforms against numbers worked out without Pillow (dataset/making/transforms.py)."""
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from dataset.making.transforms import TRANSFORMS, normalize, to_uint8
 from dnnlib.errors import UserError
-from training.transforms import TRANSFORMS, normalize, to_uint8
 
 
 def filter_matrix(source, target, kernel, support):

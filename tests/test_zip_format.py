@@ -1,4 +1,4 @@
-"""The zip format (training/zip_format.py), held against Python's zipfile."""
+"""The zip format (dataset/files/zip_format.py), held against Python's zipfile."""
 
 import os
 import zipfile
@@ -6,9 +6,9 @@ import zipfile
 import numpy as np
 import pytest
 
+from dataset.files.file_table import list_zip
+from dataset.files.zip_format import DamagedZipError, ZipWriter, read_directory, read_member
 from dnnlib.errors import UserError
-from training.file_table import list_zip
-from training.zip_format import DamagedZipError, ZipWriter, read_directory, read_member
 
 FILES = {'a.png': b'hello', 'b/c.png': b'', 'ä/ß€.png': b'x' * 1000, 'dataset.json': b'{}'}
 

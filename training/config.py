@@ -6,13 +6,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from diffusion.noise import LogNormal
+from diffusion.levels import LogNormal
 from dnnlib.errors import UserError, unknown_choice
+from ema.power import STD_LIMIT
 from networks.config import NetworkConfig
 from networks.denoiser import PRECISIONS
-from training.learning_rate import LearningRate
-from training.phema import STD_LIMIT
-from training.presets import Preset, get_preset, network_config
+from training.optimizer import LearningRate
+from training.presets.edm2 import Preset, get_preset, network_config
 
 # Fields that a continued run may change: none of them alters what is learned from the next image. The dataset is told
 # by its fingerprint, not its name.

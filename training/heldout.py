@@ -4,15 +4,15 @@ import math
 
 import torch
 
+from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
 from networks.denoiser import Denoiser
 from torch_utils import distributed
 from torch_utils.random import stream, stream_seed
 from training.config import TrainConfig
-from training.dataset import ImageDataset
 from training.inputs import training_inputs
-from training.loss import DenoisingLoss, training_draws
-from training.step_stats import LossSums, noise_edges, reduced, summarize
+from training.methods.denoising import DenoisingLoss, training_draws
+from training.monitor.step_stats import LossSums, noise_edges, reduced, summarize
 
 
 class Part(torch.utils.data.Dataset):

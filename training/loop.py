@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dataset.reader import ImageDataset
+from dnnlib.background import BackgroundWriter
 from dnnlib.errors import UserError
 from dnnlib.files import locked_folder, write_json
 from dnnlib.signals import StopSignals
@@ -17,20 +19,18 @@ from networks.denoiser import Denoiser
 from torch_utils import distributed
 from torch_utils.tensor_files import UnreadableFileError
 from training.config import TrainConfig, differences, refuse_differences
-from training.dataset import ImageDataset
 from training.heldout import Part, held_out_loss, split
 from training.initial import start_from
 from training.inputs import training_inputs
-from training.loss import training_draws
-from training.magnitudes import Magnitudes, magnitudes
+from training.methods.denoising import training_draws
+from training.monitor.log import RunLog
+from training.monitor.magnitudes import Magnitudes, magnitudes
+from training.monitor.plots import plot_loss
+from training.monitor.status import Progress
+from training.monitor.timing import PhaseTimer
 from training.order import BatchOrder, make_loader
-from training.plots import plot_loss
-from training.records import RunLog
 from training.state import TrainState, remove_leftovers, state_files
-from training.status import Progress
 from training.step import Stepper
-from training.timing import PhaseTimer
-from training.writer import BackgroundWriter
 
 # (network with EMA weights, nimg) -> picture, uint8 [H, W, C]; on rank 0.
 Preview = Callable[[Denoiser, int], Any]

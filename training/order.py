@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
 from dnnlib.signals import ignore_stop_signals
 from torch_utils.random import stream
-from training.dataset import ImageDataset
 
 
 def epoch_order(dataset_size: int, seed: int, epoch: int) -> torch.Tensor:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from ema.half_life import HalfLifeEMA
+from ema.power import PowerEMA
 from networks.denoiser import PRECISIONS, Denoiser
 from networks.files import NetworkInfo, build_network, is_constant, save_network
 from torch_utils.tensor_files import TensorFile, UnreadableFileError, save_tensors
 from training.config import KIMG, TrainConfig, refuse_differences
-from training.ema import HalfLifeEMA
-from training.phema import PowerEMA
-from training.step_stats import PendingStats
+from training.monitor.step_stats import PendingStats
 
 KIND = 'training state'
 

@@ -11,11 +11,11 @@ from networks.denoiser import Denoiser
 from torch_utils import distributed
 from torch_utils.random import stream_seed
 from training.inputs import training_inputs
-from training.loss import DenoisingLoss, training_draws
+from training.methods.denoising import DenoisingLoss, training_draws
+from training.monitor.step_stats import LossSums, StepStats, noise_edges
+from training.monitor.timing import PhaseTimer
 from training.order import Batch
 from training.state import TrainState
-from training.step_stats import LossSums, StepStats, noise_edges
-from training.timing import PhaseTimer
 
 
 class Stepper:

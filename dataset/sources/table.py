@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from dataset.files.archive import LABEL_FILE, NPY, Archive, decode_npy, read_label_file
+from dataset.sources.source import InMemory, Source
+from dataset.sources.tables import is_idx, load_image, open_cifar10, open_idx, open_tables, source_formats, table_files
 from dnnlib.errors import UserError, unknown_choice
-from training.archive import LABEL_FILE, NPY, Archive, decode_npy, read_label_file
-from training.packed_sources import is_idx, load_image, open_cifar10, open_idx, open_tables, source_formats, table_files
-from training.source import InMemory, Source
 
 IMAGENET = 'ILSVRC/Data/CLS-LOC/train'
 PHOTO_CROP, PHOTO_STRIDE = 64, 16

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from dataset.files.file_table import FileTable, list_folder, list_zip
+from dataset.files.zip_format import DamagedZipError, read_member
 from dnnlib.errors import UserError
-from training.file_table import FileTable, list_folder, list_zip
-from training.zip_format import DamagedZipError, read_member
 
 LABEL_FILE = 'dataset.json'
 LABEL_EXAMPLE = '{"labels": [["00000/img00000000.png", 6], ...]}'

@@ -6,18 +6,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dataset.files.archive import LATENT_CHANNELS, Archive, shape_text
+from dataset.files.index import check_exists, open_index
 from dnnlib.errors import UserError
-from training.archive import LATENT_CHANNELS, Archive, shape_text
-from training.dataset_index import check_exists, open_index
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Images of a folder or a zip, with the labels of its `dataset.json` if it has one (see training/archive.py).
+    """Images of a folder or a zip, with the labels of its `dataset.json` if it has one (see dataset/files/archive.py).
 
     `dataset[i]` is a tensor and its class index, -1 without labels. The tensor is uint8 [C, H, W], or, of latents,
     float32 [8, H, W]: mean and standard deviation, from which every visit draws (training/inputs.py). Images are in
     the order of their names, and are decoded when they are asked for; opening reads the file list, the labels and one
-    image, or, of a large dataset opened before, an index that lies beside it (training/dataset_index.py). Safe to use
+    image, or, of a large dataset opened before, an index that lies beside it (dataset/files/index.py). Safe to use
     in the workers of a DataLoader.
 
     Args:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataset.files.archive import ENDINGS, NPY, Archive, read_label_file
+from dataset.files.file_table import FileTable, Names, describe_state
 from dnnlib.errors import UserError
 from torch_utils.tensor_files import TensorFile, UnreadableFileError, save_tensors
-from training.archive import ENDINGS, NPY, Archive, read_label_file
-from training.file_table import FileTable, Names, describe_state
 
 KEEP_FROM = 20_000  # images; the index of fewer is made in a moment
 VERSION = 1

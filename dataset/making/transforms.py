@@ -7,8 +7,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from dataset.files.archive import image_errors
 from dnnlib.errors import UserError
-from training.archive import image_errors
 
 AS_THEY_ARE = ('L', 'RGB', 'F')
 GRAYSCALE = ('1', 'L', 'LA')

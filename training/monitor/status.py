@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from dnnlib.errors import UserError
 from torch_utils import distributed
-from training.board import Board
-from training.magnitudes import Magnitudes, mean_and_max
-from training.records import METRICS_FILE, STATS_FILE, RunLog, append_record, cut_records
+from training.monitor.board import Board
+from training.monitor.log import METRICS_FILE, STATS_FILE, RunLog, append_record, cut_records
+from training.monitor.magnitudes import Magnitudes, mean_and_max
+from training.monitor.step_stats import StepStats, summarize
+from training.monitor.timing import PhaseTimer
 from training.state import TrainState
-from training.step_stats import StepStats, summarize
-from training.timing import PhaseTimer
 
 
 class Progress:

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 import tqdm
 
+from dataset.files.writer import DatasetWriter, encode_npy, read_journal, work_folder
+from dataset.making.statistics import LatentStatistics
+from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
 from networks.encoders import Encoder
 from torch_utils import distributed
+from torch_utils.parallel import in_order
 from torch_utils.tensor_files import TensorFile, UnreadableFileError, save_tensors
-from training.dataset import ImageDataset
-from training.dataset_writer import DatasetWriter, encode_npy, read_journal, work_folder
-from training.describe import LatentStatistics
-from training.parallel import in_order
 
 CHUNK = 250  # images that a rank encodes before it writes them down; no work is lost beyond these
 DOWNSAMPLING = 8  # of the VAE

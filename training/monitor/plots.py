@@ -8,9 +8,9 @@ import numpy as np
 
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_path
-from training.phema import profile
-from training.reconstruct import Plan
-from training.records import METRICS_FILE, read_records, read_stats
+from ema.power import profile
+from ema.reconstruct import Plan
+from training.monitor.log import METRICS_FILE, read_records, read_stats
 
 SIZE = (12, 3.4)  # inches
 

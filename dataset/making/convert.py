@@ -10,12 +10,12 @@ import numpy as np
 import PIL.Image
 import tqdm
 
+from dataset.files.archive import shape_text
+from dataset.files.writer import DatasetWriter, encode_npy, encode_png
+from dataset.making.transforms import TRANSFORMS, Size, normalize, to_uint8
+from dataset.sources.source import Source
 from dnnlib.errors import UserError
-from training.archive import shape_text
-from training.dataset_writer import DatasetWriter, encode_npy, encode_png
-from training.parallel import in_order
-from training.source import Source
-from training.transforms import TRANSFORMS, Size, normalize, to_uint8
+from torch_utils.parallel import in_order
 
 FORMATS = ('png', 'npy')
 CHUNK = 16  # images that a process makes at once

@@ -13,7 +13,7 @@ class Preset:
     """A recipe: network and training. The defaults are EDM2's ImageNet-64 (EDM2 table 6).
 
     Args:
-        block: Residual branch, see `networks.branches`.
+        block: Residual branch, see `networks.edm2.branches`.
         channels: Width of the network's first level.
         lr: alpha_ref, the highest learning rate.
         decay: t_ref, iterations after which the learning rate falls.

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from dataset.files.archive import ABOUT_KEY, LABEL_FILE, is_zip_name
+from dataset.files.zip_format import DamagedZipError, ZipWriter
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_path, make_folder, write_json
 from dnnlib.images import to_pil
-from training.archive import ABOUT_KEY, LABEL_FILE, is_zip_name
-from training.zip_format import DamagedZipError, ZipWriter
 
 JOURNAL = 'journal.json'
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from dataset.files.archive import image_errors
+from dataset.sources.source import InMemory, Source
 from dnnlib.errors import UserError
 from torch_utils.pickles import read_pickle
-from training.archive import image_errors
-from training.source import InMemory, Source
 
 CIFAR10 = 'cifar-10-batches-py'
 LONGEST_NAMES = 2**16  # bytes of all classes together

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from diffusion.noise import LogNormal
+from diffusion.levels import LogNormal
 from torch_utils import distributed
 
 BINS = 10  # of ln(sigma): half a standard deviation each, the outer two open

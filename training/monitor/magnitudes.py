@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from networks.denoiser import Denoiser
-from networks.magnitude import MPConv
+from networks.edm2.magnitude import MPConv
 
 Magnitudes = dict[str, dict[str, torch.Tensor]]
 

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import nn
 
-from networks.branches import LAYERS, MODULATE, SILU, get_branch
 from networks.config import NetworkConfig
-from networks.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
+from networks.edm2.branches import LAYERS, MODULATE, SILU, get_branch
+from networks.edm2.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
 
 LABEL_BALANCE = 0.5  # weight of the class in the embedding
 CONCAT_BALANCE = 0.5  # weight of the skip connection in a decoder block's input

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 import tqdm
 
+from dataset.making.convert import CHUNK, Recipe, other_shape, read_image
+from dataset.reader import ImageDataset
+from dataset.sources.source import Source
 from dnnlib.errors import UserError
 from networks.encoders import SIGMA_DATA, sample_latents
-from training.convert import CHUNK, Recipe, other_shape, read_image
-from training.dataset import ImageDataset
-from training.parallel import in_order
-from training.source import Source
+from torch_utils.parallel import in_order
 
 FAR_OFF = 0.3  # of sigma_data: by how much latents may miss mean 0 and their standard deviation without a warning
 

@@ -15,11 +15,11 @@ import torch
 from tqdm import tqdm
 
 from dnnlib.errors import UserError
+from ema.power import STD_LIMIT, Combination, solve
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, fitting_network, is_constant, open_network
 from torch_utils.tensor_files import MappedTensors
 from torch_utils.threads import one_thread
-from training.phema import STD_LIMIT, Combination, solve
 
 FILES_AT_ONCE = 16  # snapshots that are combined in one multiplication
 ELEMENTS_AT_ONCE = 2**14  # of a tensor; with the files above they fit into a core's cache

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.files.zip_format import read_directory
 from dnnlib.errors import UserError
-from training.zip_format import read_directory
 
 ENCODING = ('utf-8', 'surrogateescape')  # file names that are not UTF-8 keep their bytes
 

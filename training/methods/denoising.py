@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from diffusion.noise import LogNormal
+from diffusion.levels import LogNormal
 from networks.denoiser import Denoiser
 from torch_utils.random import stream_seed
 

@@ -1,0 +1,1 @@
+"""Archives, their index, and the writing of them."""

@@ -1,0 +1,1 @@
+"""From sources to archives: conversion, encoding, statistics."""

@@ -1,0 +1,1 @@
+"""What data sets are made from, a file for each format."""

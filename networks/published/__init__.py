@@ -1,0 +1,1 @@
+"""Networks that others published, read without running the code in their files."""

@@ -1,0 +1,1 @@
+"""Recipes, a file for each family."""
