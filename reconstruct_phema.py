@@ -10,10 +10,11 @@ from dnnlib.errors import UserError
 from dnnlib.files import make_folder
 from dnnlib.memory import free_memory
 from dnnlib.parsing import parse_float_list
+from dnnlib.plots import require_matplotlib
+from ema.plots import plot_profiles
 from ema.reconstruct import Plan, Wanted, find_snapshots
 from networks.files import save_network
 from training.config import KIMG
-from training.monitor.plots import plot_profiles, require_matplotlib
 
 EPILOG = """\b
 Examples:

@@ -11,6 +11,7 @@ from dnnlib import cli
 from dnnlib.errors import UserError
 from dnnlib.files import locked_folder, make_folder, write_json
 from dnnlib.memory import free_memory
+from dnnlib.plots import require_matplotlib
 from ema.reconstruct import find_snapshots
 from evaluation.measure import NetworkMeasure
 from evaluation.sweep import Sweep, plot_sweep
@@ -21,7 +22,6 @@ from sampling.options import sampler_config, sampler_options
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
 from training.config import differences
-from training.monitor.plots import require_matplotlib
 
 EPILOG = """\b
 Examples:

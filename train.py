@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import torch
 
+from dataset.reader import open_dataset
 from dnnlib import cli
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder
@@ -20,7 +21,7 @@ from torch_utils import distributed
 from training.config import KIMG, TrainConfig, from_preset
 from training.cost import plan
 from training.initial import check_initial
-from training.loop import Measure, Preview, open_dataset, train
+from training.loop import Measure, Preview, train
 from training.monitor.board import require_tensorboard
 from training.presets.edm2 import PRESETS, get_preset
 

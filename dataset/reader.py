@@ -74,3 +74,15 @@ class ImageDataset(torch.utils.data.Dataset):
             where = self._archive.where(self.names[index])
             raise UserError(f'{where} is {here}, but {self.names[0]} is {there}; all images must be alike')
         return image
+
+
+def open_dataset(path: str, use_labels: bool) -> tuple[ImageDataset, int]:
+    """Open the training data and tell the number of classes to train with, 0 for none.
+
+    Raises:
+        UserError: where the data cannot be used, or have no labels although they shall be used.
+    """
+    dataset = ImageDataset(path)
+    if use_labels and not dataset.num_classes:
+        raise UserError(f'{path} has no labels; train with --cond=False, or convert folders of classes')
+    return dataset, dataset.num_classes if use_labels else 0

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from dnnlib.files import atomic_path
+from dnnlib.jsonl import append_record, mend_records, read_records
 from ema.reconstruct import Plan, Snapshot, Wanted
 from evaluation.measure import NetworkMeasure
 from networks.denoiser import Denoiser
 from networks.files import build_network
 from torch_utils import distributed
-from training.monitor.log import append_record, mend_records, read_records
 
 ROWS_FILE = 'sweep.jsonl'
 KEY = ('nimg', 'ema_std', 'guidance')

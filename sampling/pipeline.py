@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffusion.levels import edm_sigmas
+from diffusion.schedules import edm_sigmas
 from dnnlib.errors import UserError, unknown_choice
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffusion.levels import LogNormal, edm_sigmas
+from diffusion.levels import LogNormal
+from diffusion.schedules import edm_sigmas
 
 # Measured from the published sampler at N = 18.
 N18 = (

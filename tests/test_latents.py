@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import dataset_tool
 from dataset.files.archive import Archive
 from dataset.files.writer import DatasetWriter, encode_npy, work_folder, write_dataset
+from dataset.making import encode as encode_module
 from dataset.making.encode import encode_dataset
 from dataset.making.statistics import LatentStatistics
 from dataset.reader import ImageDataset
@@ -20,7 +21,6 @@ from dnnlib.errors import UserError
 from networks.encoders import LATENT_MEAN, LATENT_STD, StabilityVAEEncoder, encode_pixels
 from networks.files import read_info
 from torch_utils.random import stream
-from dataset.making import encode as encode_module
 from training.inputs import to_training_images, training_inputs
 from training.order import BatchOrder, make_loader
 

@@ -14,8 +14,8 @@ import pytest
 from dataset.files.archive import Archive
 from dataset.files.writer import encode_npy
 from dataset.making.transforms import normalize, to_uint8
+from dataset.sources.cifar10 import open_cifar10
 from dataset.sources.table import open_source
-from dataset.sources.tables import open_cifar10
 from dnnlib.errors import UserError
 
 RNG = np.random.default_rng(0)

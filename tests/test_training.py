@@ -18,8 +18,9 @@ from networks.files import load_network
 from tests.helpers import state_tensors
 from torch_utils.tensor_files import TensorFile, save_tensors
 from training.config import from_preset, refuse_differences
+from training.inputs import training_draws
 from training.loop import train
-from training.methods.denoising import DenoisingLoss, training_draws
+from training.methods.denoising import DenoisingLoss
 from training.monitor.log import read_stats
 from training.optimizer import LearningRate
 from training.order import BatchOrder

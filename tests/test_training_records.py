@@ -13,6 +13,7 @@ import torch
 from dataset.reader import ImageDataset
 from diffusion.levels import LogNormal
 from dnnlib.errors import UserError
+from dnnlib.jsonl import append_record, cut_records, read_records
 from networks.complexity import complexity, saved_bytes
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
@@ -20,8 +21,9 @@ from networks.encoders import encode_pixels
 from training.config import from_preset
 from training.cost import format_bytes, memory, plan
 from training.heldout import held_out_loss, split
-from training.methods.denoising import DenoisingLoss, training_draws
-from training.monitor.log import RunLog, append_record, cut_records, read_records, read_stats
+from training.inputs import training_draws
+from training.methods.denoising import DenoisingLoss
+from training.monitor.log import RunLog, read_stats
 from training.monitor.magnitudes import magnitudes, mean_and_max
 from training.monitor.step_stats import BINS, LossSums, PendingStats, StepStats, noise_edges, reduced, summarize
 from training.monitor.timing import PhaseTimer

@@ -18,10 +18,11 @@ import torch
 from dnnlib.background import BackgroundWriter
 from dnnlib.errors import UserError
 from dnnlib.files import locked_folder
+from dnnlib.jsonl import append_record
 from dnnlib.signals import StopSignals
 from tests.conftest import ROOT
 from tests.helpers import state_tensors
-from training.monitor.log import append_record, read_stats
+from training.monitor.log import read_stats
 from training.state import remove_leftovers, state_files
 
 

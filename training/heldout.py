@@ -10,8 +10,8 @@ from networks.denoiser import Denoiser
 from torch_utils import distributed
 from torch_utils.random import stream, stream_seed
 from training.config import TrainConfig
-from training.inputs import training_inputs
-from training.methods.denoising import DenoisingLoss, training_draws
+from training.inputs import training_draws, training_inputs
+from training.methods.denoising import DenoisingLoss
 from training.monitor.step_stats import LossSums, noise_edges, reduced, summarize
 
 

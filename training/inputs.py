@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from diffusion.levels import LogNormal
 from networks.encoders import encode_pixels, sample_latents
 from torch_utils.random import stream_seed
 from training.config import TrainConfig
@@ -58,3 +59,29 @@ def training_inputs(
         return y, None
     labels = labels.to(device, non_blocking=True)
     return y, torch.nn.functional.one_hot(labels, config.network.label_dim).float()
+
+
+def training_draws(
+    seed: int, numbers: list[int], shape: tuple[int, ...], levels: LogNormal, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise level and noise of each image; they depend on (seed, image number) alone.
+
+    So neither the number of ranks nor gradient accumulation changes what an image is trained with, and a
+    resumed run continues the same sequence.
+
+    Args:
+        seed: Of the run.
+        numbers: Image numbers, counted from 0 over the whole run.
+        shape: (C, H, W) of an image.
+        levels: Distribution of the noise levels.
+        device: Where to draw.
+
+    Returns:
+        sigma float32 [N] and standard normal noise float32 [N, C, H, W].
+    """
+    size = torch.Size(shape).numel()
+    draws = torch.empty(len(numbers), 1 + size, device=device)
+    generator = torch.Generator(device)
+    for row, number in zip(draws, numbers, strict=True):
+        row.normal_(generator=generator.manual_seed(stream_seed(seed, 'noise', number)))
+    return levels.from_normal(draws[:, 0]), draws[:, 1:].reshape(len(numbers), *shape)

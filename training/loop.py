@@ -21,8 +21,7 @@ from torch_utils.tensor_files import UnreadableFileError
 from training.config import TrainConfig, differences, refuse_differences
 from training.heldout import Part, held_out_loss, split
 from training.initial import start_from
-from training.inputs import training_inputs
-from training.methods.denoising import training_draws
+from training.inputs import training_draws, training_inputs
 from training.monitor.log import RunLog
 from training.monitor.magnitudes import Magnitudes, magnitudes
 from training.monitor.plots import plot_loss
@@ -243,15 +242,3 @@ def _measure_magnitudes(state: TrainState, dataset: ImageDataset) -> Magnitudes:
     y, one_hot = training_inputs(torch.stack(images), torch.tensor(labels), numbers, config, device)
     sigma, noise = training_draws(config.seed, numbers, tuple(y.shape[1:]), config.levels, device)
     return magnitudes(state.net, y + sigma[:, None, None, None] * noise, sigma, one_hot)
-
-
-def open_dataset(path: str, use_labels: bool) -> tuple[ImageDataset, int]:
-    """Open the training data and tell the number of classes to train with, 0 for none.
-
-    Raises:
-        UserError: where the data cannot be used, or have no labels although they shall be used.
-    """
-    dataset = ImageDataset(path)
-    if use_labels and not dataset.num_classes:
-        raise UserError(f'{path} has no labels; train with --cond=False, or convert folders of classes')
-    return dataset, dataset.num_classes if use_labels else 0

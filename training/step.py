@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from networks.denoiser import Denoiser
 from torch_utils import distributed
 from torch_utils.random import stream_seed
-from training.inputs import training_inputs
-from training.methods.denoising import DenoisingLoss, training_draws
+from training.inputs import training_draws, training_inputs
+from training.methods.denoising import DenoisingLoss
 from training.monitor.step_stats import LossSums, StepStats, noise_edges
 from training.monitor.timing import PhaseTimer
 from training.order import Batch

@@ -10,12 +10,15 @@ import numpy as np
 import PIL.Image
 
 from dataset.files.archive import LABEL_FILE, NPY, Archive, decode_npy, read_label_file
-from dataset.sources.source import InMemory, Source
-from dataset.sources.tables import is_idx, load_image, open_cifar10, open_idx, open_tables, source_formats, table_files
+from dataset.sources.cifar10 import open_cifar10
+from dataset.sources.embedded import _digits, _photos
+from dataset.sources.image_files import load_image, source_formats
+from dataset.sources.mnist import is_idx, open_idx
+from dataset.sources.source import Source
+from dataset.sources.tables import open_tables, table_files
 from dnnlib.errors import UserError, unknown_choice
 
 IMAGENET = 'ILSVRC/Data/CLS-LOC/train'
-PHOTO_CROP, PHOTO_STRIDE = 64, 16
 
 
 def open_source(source: str) -> Source:
@@ -117,48 +120,6 @@ def _folder_labels(archive: Archive, names: list[str]) -> tuple[np.ndarray | Non
 
 
 # --- Embedded ---
-
-
-def _digits() -> Source:
-    """The 1797 handwritten digits that scikit-learn carries, 8x8, values 0-16 scaled to 0-255 as floats."""
-    data = _scikit_learn('digits').load_digits()
-    pixels = data.images.astype(np.float32) * (255 / 16)
-    return Source(
-        name='digits',
-        names=[f'digits/{i}' for i in range(len(pixels))],
-        labels=data.target.astype(np.int64),
-        class_names=None,
-        read=InMemory(pixels),
-        bytes_on_disk=0,
-    )
-
-
-def _photos() -> Source:
-    """Overlapping 64x64 crops of the two photographs that scikit-learn carries, a temple and a flower: 851 of each."""
-    data = _scikit_learn('photos').load_sample_images()
-    crops, names, labels = [], [], []
-    for label, (photo, file) in enumerate(zip(data.images, data.filenames, strict=True)):
-        for top in range(0, photo.shape[0] - PHOTO_CROP + 1, PHOTO_STRIDE):
-            for left in range(0, photo.shape[1] - PHOTO_CROP + 1, PHOTO_STRIDE):
-                crops.append(photo[top : top + PHOTO_CROP, left : left + PHOTO_CROP])
-                names.append(f'photos/{Path(file).stem}/{left},{top}')
-                labels.append(label)
-    return Source(
-        name='photos',
-        names=names,
-        labels=np.array(labels, np.int64),
-        class_names=[Path(file).stem for file in data.filenames],
-        read=InMemory(np.stack(crops)),
-        bytes_on_disk=0,
-    )
-
-
-def _scikit_learn(source: str):
-    try:
-        import sklearn.datasets
-    except ImportError:
-        raise UserError(f"--source={source} needs scikit-learn: install this project's extra `demo`") from None
-    return sklearn.datasets
 
 
 # --- The table ---

@@ -1,16 +1,9 @@
-"""Sources that keep many images in one file: CIFAR-10, MNIST, tables of parquet or Arrow."""
+"""Tables of images: parquet and Arrow, as the Hugging Face hub keeps them."""
 
 import functools
-import gzip
-import io
 import json
-import lzma
-import math
 import os
 import re
-import struct
-import tarfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,137 +11,17 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from dataset.files.archive import image_errors
-from dataset.sources.source import InMemory, Source
+from dataset.sources.image_files import load_image, source_formats
+from dataset.sources.source import Source
 from dnnlib.errors import UserError
-from torch_utils.pickles import read_pickle
 
-CIFAR10 = 'cifar-10-batches-py'
-LONGEST_NAMES = 2**16  # bytes of all classes together
-LARGEST_BATCH = 2**28  # bytes; those of CIFAR-10 have 31 MB
 TABLE_ENDINGS = ('.parquet', '.arrow')
-DAMAGES = (
-    OSError,
-    EOFError,
-    zlib.error,
-    lzma.LZMAError,
-    tarfile.TarError,
-    struct.error,
-)  # what gzip and tarfile raise of broken files
 
 
 # --- CIFAR-10 ---
 
 
-def open_cifar10(path: str) -> Source:
-    """The 50000 training images of `cifar-10-python.tar.gz`: 32x32 RGB, 10 classes.
-
-    Raises:
-        UserError: where the file is damaged, or not that.
-    """
-    batches = _cifar10_members(path)
-    try:
-        for batch, meta in batches:  # before NumPy sees them: lists within lists could keep it busy forever
-            _check_types([batch[b'data']], np.ndarray)
-            _check_types(batch[b'labels'], int)
-            _check_types(meta[b'label_names'], bytes)
-            assert sum(map(len, meta[b'label_names'])) <= LONGEST_NAMES
-        images = np.concatenate([batch[b'data'].astype(np.uint8, casting='safe') for batch, _ in batches])
-        images = images.reshape(-1, 3, 32, 32)
-        labels = np.concatenate([np.asarray(batch[b'labels'], np.int64) for batch, _ in batches])
-        names = [name.decode() for name in meta[b'label_names']]
-        assert len(images) == len(labels) > 0 and labels.min() >= 0 and labels.max() < len(names)
-    except (KeyError, TypeError, ValueError, OverflowError, AssertionError):
-        raise UserError(f'{path} does not hold CIFAR-10 as it should') from None
-    return Source(
-        name='cifar-10',
-        names=[f'{path}:{i}' for i in range(len(images))],
-        labels=labels,
-        class_names=names,
-        read=InMemory(np.ascontiguousarray(images.transpose(0, 2, 3, 1))),
-        bytes_on_disk=Path(path).stat().st_size,
-    )
-
-
-def _check_types(values: Any, kind: type) -> None:
-    """Make sure that values from a pickle are a list of one kind."""
-    if type(values) is not list or any(type(value) is not kind for value in values):
-        raise TypeError(f'no list of {kind.__name__}')
-
-
-def _cifar10_members(path: str) -> list[tuple[dict, dict]]:
-    """The training batches in order, each with batches.meta."""
-    found: dict[str, Any] = {}
-    try:
-        with tarfile.open(path, 'r:*') as archive:
-            for member in archive:
-                base = member.name.removeprefix('./')
-                if re.fullmatch(rf'{CIFAR10}/(data_batch_\d|batches\.meta)', base) and member.isfile():
-                    if member.size > LARGEST_BATCH:  # a header may claim anything, and zeros compress well
-                        raise UserError(f'{path}: {base} has {member.size} bytes; it does not belong there')
-                    data = archive.extractfile(member).read()
-                    found[base.split('/')[1]] = read_pickle(data, where=f'{path}/{base}')
-            while archive.fileobj.read(1 << 20):  # to the end, where gzip keeps its checksum
-                pass
-    except DAMAGES as error:
-        if isinstance(error, OSError) and error.filename:
-            raise
-        raise UserError(f'{path} is cut short or damaged: {error}') from None
-    meta = found.pop('batches.meta', None)
-    if meta is None or not found:
-        raise UserError(f'{path} does not hold {CIFAR10}/data_batch_1, ... and {CIFAR10}/batches.meta')
-    return [(found[name], meta) for name in sorted(found)]
-
-
 # --- MNIST ---
-
-
-def is_idx(path: str) -> bool:
-    """Whether a name is that of images in MNIST's format."""
-    return re.search(r'images[-.]idx3-ubyte(\.gz)?$', path) is not None
-
-
-def open_idx(path: str) -> Source:
-    """The images of `train-images-idx3-ubyte.gz`, with the labels of `train-labels-idx1-ubyte.gz` beside it.
-
-    Raises:
-        UserError: where one of the two is damaged or missing, or they do not belong together.
-    """
-    label_path = Path(path).with_name(
-        Path(path).name.replace('images-idx3', 'labels-idx1').replace('images.idx3', 'labels.idx1')
-    )
-    if not label_path.exists():
-        raise UserError(f'the labels of {path} are missing: {label_path} does not exist')
-    images, labels = _read_idx(path, 3), _read_idx(str(label_path), 1)
-    if len(images) != len(labels) or not images.size:
-        raise UserError(f'{path} has {len(images)} images, {label_path} {len(labels)} labels')
-    return Source(
-        name=Path(path).name.split('.')[0].removesuffix('-images-idx3-ubyte'),
-        names=[f'{path}:{i}' for i in range(len(images))],
-        labels=labels.astype(np.int64),
-        class_names=None,
-        read=InMemory(images),
-        bytes_on_disk=Path(path).stat().st_size + label_path.stat().st_size,
-    )
-
-
-def _read_idx(path: str, dimensions: int) -> np.ndarray:
-    """An array of bytes: 0, 0, type 8, number of dimensions, each as big-endian 32 bits, then the content."""
-    try:
-        with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as file:
-            data = file.read()
-        head = struct.unpack_from(f'>4B{dimensions}I', data)
-    except DAMAGES as error:
-        if isinstance(error, OSError) and error.filename:
-            raise
-        raise UserError(f'{path} is cut short or damaged: {error}') from None
-    shape = head[4:]
-    if head[:4] != (0, 0, 8, dimensions):
-        raise UserError(f'{path} is no file of bytes in {dimensions} dimensions, as MNIST has them')
-    start = 4 + 4 * dimensions
-    if len(data) - start != math.prod(shape):
-        raise UserError(f'{path} is cut short or damaged: it has {len(data) - start} bytes for {list(shape)}')
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 # --- Parquet and Arrow ---
@@ -325,32 +198,3 @@ def _class_names(schema: Any, column: str) -> list[str] | None:
 
 
 # --- One image of any format ---
-
-# Never opened: those that run other programs, and those that Pillow knows by name only.
-NOT_IMAGES = frozenset({'EPS', 'PDF', 'WMF', 'MPEG', 'BUFR', 'GRIB', 'HDF5'})
-
-
-@functools.cache
-def source_formats() -> dict[str, str]:
-    """Endings of image files and the formats they stand for: all that Pillow reads."""
-    PIL.Image.init()
-    return {
-        ending: name for ending, name in PIL.Image.registered_extensions().items()
-        if name in PIL.Image.OPEN and name not in NOT_IMAGES
-    }  # fmt: skip
-
-
-def load_image(data: bytes, where: str) -> PIL.Image.Image:
-    """Decode an image file whole; of several pictures in it, the first.
-
-    Raises:
-        UserError: naming it as `where`, where it is damaged, of an unknown format, a decompression bomb, or of floats,
-            the scale of which nothing says.
-    """
-    formats = sorted(set(source_formats().values()))
-    with image_errors(where, formats):
-        image = PIL.Image.open(io.BytesIO(data), formats=formats)
-        image.load()
-    if image.mode == 'F':
-        raise UserError(f'{where} has pixels of mode F; convert it to 8-bit grayscale or RGB first')
-    return image

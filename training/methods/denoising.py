@@ -3,9 +3,7 @@
 import torch
 from torch import nn
 
-from diffusion.levels import LogNormal
 from networks.denoiser import Denoiser
-from torch_utils.random import stream_seed
 
 
 class DenoisingLoss(nn.Module):
@@ -43,29 +41,3 @@ class DenoisingLoss(nn.Module):
         error = weight * (D - y).square().flatten(1).sum(dim=1)
         u = self.net.logvar(sigma)
         return error / u.exp() + u * y[0].numel(), error
-
-
-def training_draws(
-    seed: int, numbers: list[int], shape: tuple[int, ...], levels: LogNormal, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise level and noise of each image; they depend on (seed, image number) alone.
-
-    So neither the number of ranks nor gradient accumulation changes what an image is trained with, and a
-    resumed run continues the same sequence.
-
-    Args:
-        seed: Of the run.
-        numbers: Image numbers, counted from 0 over the whole run.
-        shape: (C, H, W) of an image.
-        levels: Distribution of the noise levels.
-        device: Where to draw.
-
-    Returns:
-        sigma float32 [N] and standard normal noise float32 [N, C, H, W].
-    """
-    size = torch.Size(shape).numel()
-    draws = torch.empty(len(numbers), 1 + size, device=device)
-    generator = torch.Generator(device)
-    for row, number in zip(draws, numbers, strict=True):
-        row.normal_(generator=generator.manual_seed(stream_seed(seed, 'noise', number)))
-    return levels.from_normal(draws[:, 0]), draws[:, 1:].reshape(len(numbers), *shape)

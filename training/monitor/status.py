@@ -10,9 +10,10 @@ import torch
 from tqdm import tqdm
 
 from dnnlib.errors import UserError
+from dnnlib.jsonl import append_record, cut_records
 from torch_utils import distributed
 from training.monitor.board import Board
-from training.monitor.log import METRICS_FILE, STATS_FILE, RunLog, append_record, cut_records
+from training.monitor.log import METRICS_FILE, STATS_FILE, RunLog
 from training.monitor.magnitudes import Magnitudes, mean_and_max
 from training.monitor.step_stats import StepStats, summarize
 from training.monitor.timing import PhaseTimer

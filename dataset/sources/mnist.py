@@ -1,0 +1,61 @@
+"""MNIST and what else comes in IDX files."""
+
+import gzip
+import math
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from dataset.sources.cifar10 import DAMAGES
+from dataset.sources.source import InMemory, Source
+from dnnlib.errors import UserError
+
+
+def is_idx(path: str) -> bool:
+    """Whether a name is that of images in MNIST's format."""
+    return re.search(r'images[-.]idx3-ubyte(\.gz)?$', path) is not None
+
+
+def open_idx(path: str) -> Source:
+    """The images of `train-images-idx3-ubyte.gz`, with the labels of `train-labels-idx1-ubyte.gz` beside it.
+
+    Raises:
+        UserError: where one of the two is damaged or missing, or they do not belong together.
+    """
+    label_path = Path(path).with_name(
+        Path(path).name.replace('images-idx3', 'labels-idx1').replace('images.idx3', 'labels.idx1')
+    )
+    if not label_path.exists():
+        raise UserError(f'the labels of {path} are missing: {label_path} does not exist')
+    images, labels = _read_idx(path, 3), _read_idx(str(label_path), 1)
+    if len(images) != len(labels) or not images.size:
+        raise UserError(f'{path} has {len(images)} images, {label_path} {len(labels)} labels')
+    return Source(
+        name=Path(path).name.split('.')[0].removesuffix('-images-idx3-ubyte'),
+        names=[f'{path}:{i}' for i in range(len(images))],
+        labels=labels.astype(np.int64),
+        class_names=None,
+        read=InMemory(images),
+        bytes_on_disk=Path(path).stat().st_size + label_path.stat().st_size,
+    )
+
+
+def _read_idx(path: str, dimensions: int) -> np.ndarray:
+    """An array of bytes: 0, 0, type 8, number of dimensions, each as big-endian 32 bits, then the content."""
+    try:
+        with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as file:
+            data = file.read()
+        head = struct.unpack_from(f'>4B{dimensions}I', data)
+    except DAMAGES as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise UserError(f'{path} is cut short or damaged: {error}') from None
+    shape = head[4:]
+    if head[:4] != (0, 0, 8, dimensions):
+        raise UserError(f'{path} is no file of bytes in {dimensions} dimensions, as MNIST has them')
+    start = 4 + 4 * dimensions
+    if len(data) - start != math.prod(shape):
+        raise UserError(f'{path} is cut short or damaged: it has {len(data) - start} bytes for {list(shape)}')
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
