@@ -37,7 +37,7 @@ from metrics.registry import (
 )
 from networks.encoders import load_encoder
 from networks.files import NetworkInfo, load_network
-from sampling.options import sampler_config, sampler_options
+from sampling.options import sampler_config, sampler_options, take_sampler_flags
 from sampling.pipeline import check_fit, generate
 from torch_utils import distributed
 
@@ -206,7 +206,7 @@ def gen(chosen, start, net_path, gnet_path, guidance, ref, seeds, repeats, class
     python calculate_metrics.py gen --net=net.safetensors --ref=digits.zip --seeds=0-1796
     torchrun --standalone --nproc_per_node=8 calculate_metrics.py gen --net=NET --ref=REF --metrics=fid --repeats=3
     """
-    config = sampler_config(flags, guidance)
+    sampler_flags = take_sampler_flags(flags)
     seeds = list(dict.fromkeys(seeds))
     if ref is not None:
         local_file(ref, offline)
@@ -215,6 +215,7 @@ def gen(chosen, start, net_path, gnet_path, guidance, ref, seeds, repeats, class
         guiding_net, guiding_info = (net, info) if gnet_path == 'self' else (None, None)
         if guiding_net is None and gnet_path:
             guiding_net, guiding_info = load_network(gnet_path, setup.device, precision, offline)
+        config = sampler_config(sampler_flags, guidance, info.sampler)
         check_fit(net, guiding_net, config, classes)
         encoder = load_encoder(info.encoder, setup.device, vae)
         make = functools.partial(

@@ -6,12 +6,14 @@ import json
 import click
 
 from dnnlib import cli
+from dnnlib.configs import parse_setting, tag_of
 from dnnlib.errors import UserError
 from networks.complexity import Complexity, complexity, saved_bytes
 from networks.config import NetworkConfig
+from networks.families import ARCHITECTURES
 from networks.files import read_info
-from training.presets.edm2 import get_preset, network_config
 from training.presets.paper_tables import TABLES, PublishedRow
+from training.presets.table import get_preset, make_config
 
 EPILOG = """\b
 Examples:
@@ -23,11 +25,12 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.option('--preset', metavar='NAME', help='Training preset.')
+@click.option('--set', 'settings', multiple=True, metavar='FIELD=VALUE', help="Change a field of the preset's config.")
 @click.option('--net', 'net_path', metavar='FILE|URL', help='Network file, or a published EDM2 pickle.')
 @click.option('--offline', is_flag=True, help='Download nothing; a URL comes from the cache.')
 @click.option('--tables', is_flag=True, help="The size columns of the EDM2+ paper's tables beside ours, as Markdown.")
 @click.option('--json', 'as_json', is_flag=True, help='For programs.')
-def main(preset, net_path, offline, tables, as_json):
+def main(preset, settings, net_path, offline, tables, as_json):
     """Count parameters, operations and memory of one forward pass at batch 1.
 
     GFLOPs are in the papers' convention (EDM2 appendix D.5): the formulas as they are written, a multiply-accumulate
@@ -39,7 +42,10 @@ def main(preset, net_path, offline, tables, as_json):
         counted = _count_tables()
         click.echo(json.dumps(counted, indent=2) if as_json else _markdown(counted))
         return
-    config = network_config(get_preset(preset)) if preset else read_info(net_path, offline).config
+    if preset:
+        config = make_config(preset, dict(map(parse_setting, settings))).network.check()
+    else:
+        config = read_info(net_path, offline).config
     cost, saved = complexity(config), saved_bytes(config)
     if as_json:
         values = {'config': config.to_json(), **dataclasses.asdict(cost), 'saved_bytes': saved}
@@ -52,9 +58,11 @@ def main(preset, net_path, offline, tables, as_json):
 
 def _report(config: NetworkConfig, cost: Complexity, saved: int) -> str:
     """The numbers for people."""
-    shape = 'x'.join(map(str, (config.img_channels, *config.img_resolution)))
+    shape = 'x'.join(map(str, config.image_shape))
+    numbers = ', '.join(f'{name} {value}' for name, value in vars(config.architecture).items())
+    described = f'{tag_of(config.architecture, ARCHITECTURES)}: {numbers}'
     lines = [
-        f'block {config.block}, {config.model_channels} channels, images {shape}, {config.label_dim} classes',
+        f'{described}, images {shape}, {config.label_dim} classes',
         '',
         f'{"parameters":<44}{cost.parameters / 1e6:12.2f} M',
         f'{"operations, papers convention":<44}{cost.operations / 1e9:12.2f} GFLOPs',
@@ -74,7 +82,7 @@ def _sizes(row: PublishedRow, counted: dict[NetworkConfig, Complexity]) -> tuple
     mparams = gflops = 0.0
     for name in row.presets:
         name, _, label_dim = name.partition('/')
-        config = network_config(get_preset(name))
+        config = get_preset(name).network
         if label_dim:
             config = dataclasses.replace(config, label_dim=int(label_dim))
         if config not in counted:

@@ -16,10 +16,11 @@ from networks.denoiser import Denoiser
 from networks.encoders import Encoder, load_encoder
 from networks.files import NetworkInfo, load_network
 from networks.published.models import models_table, resolve_model
-from sampling.options import sampler_config, sampler_options
+from sampling.config import SamplerConfig
+from sampling.options import sampler_config, sampler_options, take_sampler_flags
 from sampling.output import ImageWriter, finish, image_name, is_complete, missing_seeds, prepare
 from sampling.pictures import check_trajectory, default_layout, draw_grid, draw_trajectory
-from sampling.pipeline import SamplerConfig, check_fit, choose_labels, count_evaluations, sample, trajectory
+from sampling.pipeline import check_fit, choose_labels, count_evaluations, sample, trajectory
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
 
@@ -82,7 +83,7 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
     check_guidance(flags, model[2])
     flags['net_path'], flags['gnet_path'], weight = model
     del flags['guidance']
-    flags['config'] = sampler_config(flags, weight)
+    flags |= {'sampler_flags': take_sampler_flags(flags), 'weight': weight}
     flags['seeds'] = seeds = list(dict.fromkeys(flags['seeds']))
     if film is not None:
         check_trajectory(film)
@@ -172,7 +173,20 @@ class Job:
 
 
 def load(
-    device, config, net_path, gnet_path, seeds, classes, batch, subdirs, form, vae, precision, compiled, offline
+    device,
+    sampler_flags,
+    weight,
+    net_path,
+    gnet_path,
+    seeds,
+    classes,
+    batch,
+    subdirs,
+    form,
+    vae,
+    precision,
+    compiled,
+    offline,
 ) -> Job:
     """Load the networks, check that all fits together, and describe it.
 
@@ -183,6 +197,7 @@ def load(
     guiding_net, guiding_info = net, info
     if gnet_path != SELF:
         guiding_net, guiding_info = load_network(gnet_path, device, precision, offline) if gnet_path else (None, None)
+    config = sampler_config(sampler_flags, weight, info.sampler)
     check_fit(net, guiding_net, config, classes)
     check_encoders(info, guiding_info)
     encoder = load_encoder(info.encoder, device, vae)

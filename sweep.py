@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dnnlib import cli
+from dnnlib.configs import differences
 from dnnlib.errors import UserError
 from dnnlib.files import locked_folder, make_folder, write_json
 from dnnlib.memory import free_memory
@@ -18,10 +19,9 @@ from evaluation.sweep import Sweep, plot_sweep
 from metrics.records import format_int_list
 from networks.encoders import load_encoder
 from networks.files import load_network
-from sampling.options import sampler_config, sampler_options
+from sampling.options import sampler_config, sampler_options, take_sampler_flags
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
-from training.config import differences
 
 EPILOG = """\b
 Examples:
@@ -56,10 +56,10 @@ def main(indir, outdir, outstd, outnimg, metrics, ref, seeds, gnet_path, guidanc
     added. sweep.png shows each metric against EMA length.
     """
     require_matplotlib()
-    sampler = sampler_config(flags, max(guidance, key=abs))
     if gnet_path is None and any(weight != 1 for weight in guidance):
         raise UserError('guidance other than 1 needs a guiding network: --gnet=FILE')
     snapshots = find_snapshots(indir, instd)
+    sampler = sampler_config(take_sampler_flags(flags), max(guidance, key=abs), snapshots[0].info.sampler)
     sweep = Sweep.make(snapshots, outstd, outnimg, guidance)  # mistakes are told before the folder is made
     settings: dict[str, Any] = {
         'indir': os.fspath(Path(indir).resolve()),

@@ -1,5 +1,6 @@
 """Train a diffusion model from a preset: `torchrun train.py --preset=... --data=... --outdir=...`."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import click
 import torch
 
-from dataset.reader import open_dataset
+from dataset.reader import ImageDataset, open_dataset
 from dnnlib import cli
+from dnnlib.configs import parse_setting
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder
 from dnnlib.images import image_grid, save_png
@@ -16,14 +18,17 @@ from dnnlib.signals import StopSignals
 from evaluation.measure import NetworkMeasure
 from networks.denoiser import Denoiser
 from networks.encoders import Encoder, load_encoder
-from sampling.pipeline import SamplerConfig, generate
+from sampling.config import SamplerConfig
+from sampling.pipeline import generate
 from torch_utils import distributed
-from training.config import KIMG, TrainConfig, from_preset
+from training.config import KIMG, TrainConfig
 from training.cost import plan
 from training.initial import check_initial
 from training.loop import Measure, Preview, train
 from training.monitor.board import require_tensorboard
-from training.presets.edm2 import PRESETS, get_preset
+from training.presets.table import PRESETS, get_preset, make_config
+
+PREVIEW_STEPS = 18  # of sample grids
 
 EPILOG = """\b
 Examples:
@@ -58,6 +63,11 @@ main_group, recipe, execution, output = (
 @recipe('--ema-halflife', type=cli.NIMG, help='Track a traditional EMA too, of this half-life.')
 @recipe('--ema-rampup', type=float, metavar='SHARE', help='Of the training so far: its half-life at most.')
 @recipe('--held-out', type=float, metavar='SHARE', help='Of the data, to evaluate at snapshots instead of training on.')
+@recipe('--clip', type=float, metavar='NORM', help='Largest norm of a gradient.')
+@recipe('--label-dropout', type=float, metavar='SHARE', help='Of the images: their class is withheld.')
+@recipe('--xflip/--no-xflip', default=None, help='Train on mirrored images too.')
+@recipe('--set', 'settings', multiple=True, metavar='FIELD=VALUE', help='Any field of the config that --dry-run shows, '
+        'such as optimizer.eps=1e-12 or network.architecture=NAME.')  # fmt: skip
 @recipe('--seed', type=int, metavar='INT', help='Of weights, data order and noise.')
 @execution('--batch-gpu', 'micro_batch', type=cli.NIMG, help='Images that one rank processes at once.')
 @execution('--precision', type=str, metavar='fp32|bf16|fp16', help='Of the features.')
@@ -97,16 +107,17 @@ def main(
     metrics,
     ref,
     metric_seeds,
+    settings,
     **flags,
 ):
     """Train a diffusion model, or continue the run found in --outdir.
 
     Numbers of images may be written as 4096, 200k or 8Mi. What is not given comes from the preset.
     """
-    overrides = {name: tuple(v) if isinstance(v, list) else v for name, v in flags.items() if v is not None}
+    overrides = {name: value for name, value in flags.items() if value is not None} | dict(map(parse_setting, settings))
     if dry_run:
         world_size = ranks or int(os.environ.get('WORLD_SIZE', '1'))
-        config, _ = make_config(preset, data, cond, overrides, world_size, offline)
+        config, _ = resolve(preset, data, cond, overrides, world_size, offline)
         click.echo(json.dumps(config.to_json(), indent=2))
         click.echo('\n' + '\n'.join(f'{name:<20}{value}' for name, value in plan(config, world_size)))
         if get_preset(preset).result:
@@ -121,7 +132,7 @@ def main(
     if tensorboard:
         require_tensorboard()
     world_size = int(os.environ.get('WORLD_SIZE', '1'))
-    config, dataset = make_config(preset, data, cond, overrides, world_size, offline)
+    config, dataset = resolve(preset, data, cond, overrides, world_size, offline)
     with StopSignals(last=True) as signals, distributed.session(device) as chosen:
         measure = make_measure(config, chosen, metrics.split(','), ref, metric_seeds, vae) if metrics else None
         folder = make_folder(outdir)
@@ -138,29 +149,21 @@ def main(
         )
 
 
-def make_config(preset: str, data: str | None, cond: bool, overrides: dict, world_size: int, offline: bool) -> tuple:
+def resolve(
+    preset: str, data: str | None, cond: bool, overrides: dict, world_size: int, offline: bool
+) -> tuple[TrainConfig, ImageDataset | None]:
     """The config of a run, checked, and its dataset; without data, for those that the preset is made for, and None.
 
     Raises:
         UserError: with all problems.
     """
-    expected = get_preset(preset)
-    image_shape = (expected.img_channels, expected.resolution, expected.resolution)
-    dataset, label_dim = open_dataset(data, cond) if data else (None, expected.label_dim if cond else 0)
-    if dataset and dataset.image_shape != image_shape:
+    expected = get_preset(preset).network.image_shape
+    dataset = open_dataset(data, cond)[0] if data else None
+    if dataset and dataset.image_shape != expected:
         click.echo(
-            f'warning: {preset} is made for images of shape {image_shape}, these are {dataset.image_shape}', err=True
+            f'warning: {preset} is made for images of shape {expected}, these are {dataset.image_shape}', err=True
         )
-    config: TrainConfig = from_preset(
-        preset,
-        data=data or '',
-        dataset=dataset.name if dataset else '',
-        fingerprint=dataset.fingerprint if dataset else '',
-        image_shape=dataset.image_shape if dataset else image_shape,
-        label_dim=label_dim,
-        encoder=dataset.encoder if dataset else 'rgb',
-        overrides=overrides,
-    ).check(world_size)
+    config = make_config(preset, overrides, dataset, data or '', cond).check(world_size)
     if config.init:
         check_initial(config.init, config.network, offline)
     return config, dataset
@@ -178,7 +181,7 @@ def make_measure(
         raise UserError('the training data are latents; give --ref, a reference made of the images')
     encoder = load_encoder(config.encoder, device, vae)
     batch = config.micro_batch_for(distributed.world_size())
-    measure = NetworkMeasure(metrics, ref or config.data, device, seeds, SamplerConfig(), encoder, batch)
+    measure = NetworkMeasure(metrics, ref or config.data, device, seeds, config.sampler, encoder, batch)
     measure.prepare(config.network)
     return lambda net, nimg: measure(net)
 
@@ -192,15 +195,17 @@ def make_preview(config: TrainConfig, device: torch.device, folder: Path, vae: s
     except UserError as error:
         click.echo(f'warning: no sample grids will be drawn: {error}', err=True)
         return None
-    return lambda net, nimg: draw_samples(net, nimg, folder, encoder)
+    return lambda net, nimg: draw_samples(net, nimg, folder, encoder, config.sampler)
 
 
-def draw_samples(net: Denoiser, nimg: int, folder: Path, encoder: Encoder):
+def draw_samples(net: Denoiser, nimg: int, folder: Path, encoder: Encoder, config: SamplerConfig):
     """Write a grid of samples with a class per column, the same seeds each time, to samples-KIMG.png; return it."""
     label_dim = net.config.label_dim
     columns = min(label_dim, 10) or 10
     classes = [i * label_dim // columns for i in range(columns)] if label_dim else None
-    made = generate(net, range(5 * columns), SamplerConfig(steps=18), classes=classes, encoder=encoder)
+    if config.sampler.order is not None:  # a stochastic sampler needs all of its steps
+        config = dataclasses.replace(config, steps=min(config.steps, PREVIEW_STEPS))
+    made = generate(net, range(5 * columns), config, classes=classes, encoder=encoder)
     pixels = torch.cat([batch.images for batch in made]).permute(0, 2, 3, 1).numpy()
     grid = image_grid(pixels, columns, max(1, 64 // pixels.shape[1]))
     save_png(folder / f'samples-{nimg // KIMG:07d}.png', grid)

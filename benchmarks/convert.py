@@ -76,9 +76,9 @@ def write_file(folder: Path) -> Path:
 import torch
 from networks.denoiser import Denoiser
 from tests.published_files import write_published
-from training.presets.edm2 import get_preset, network_config
+from training.presets.table import get_preset
 from pathlib import Path
-net = Denoiser(network_config(get_preset('edm2-img64-s')))
+net = Denoiser(get_preset('edm2-img64-s').network)
 write_published(Path({str(path)!r}), net, torch.float16)
 """
     subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parent.parent)

@@ -18,16 +18,17 @@ import torch
 
 from ema.reconstruct import Plan, Wanted, find_snapshots
 from networks.denoiser import Denoiser
-from networks.files import NetworkInfo, is_constant, save_network
-from training.presets.edm2 import get_preset, network_config
+from networks.files import NetworkInfo, constant_names, save_network
+from training.presets.table import get_preset
 
 MI = 2**20
 
 
 def write_snapshots(folder: Path, count: int) -> int:
     """Write them, half of each length; return their bytes."""
-    config = network_config(get_preset('edm2-img512-xs'))
-    weights = {n: t if is_constant(n) else t.half() for n, t in Denoiser(config).state_dict().items()}
+    config = get_preset('edm2-img512-xs').network
+    constants = constant_names(config)
+    weights = {n: t if n in constants else t.half() for n, t in Denoiser(config).state_dict().items()}
     info = NetworkInfo(config, 0, None, 'edm2-img512-xs')
     for i in range(count):
         nimg, std = (i // 2 + 1) * 8 * MI, (0.05, 0.10)[i % 2]

@@ -10,13 +10,14 @@ import torch
 
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
+from networks.edm2.config import EDM2Config
 from sampling.portions import evaluating, portion_size
 
 NETWORKS = {
-    '8x8x1, 64 channels, G*': NetworkConfig((8, 8), 1, 10, 64, (1, 2), 2, (8, 4)),
-    '32x32x3, 64 channels, G*': NetworkConfig((32, 32), 3, 10, 64, (1, 2, 2), 1, (16, 8)),
-    '32x32x3, 64 channels, A': NetworkConfig((32, 32), 3, 10, 64, (1, 2, 2), 1, (16, 8), block='A'),
-    '64x64x3, 64 channels, G*': NetworkConfig((64, 64), 3, 10, 64, (1, 2, 3, 4), 1, (16, 8)),
+    '8x8x1, 64 channels, G*': NetworkConfig((8, 8), 1, 10, EDM2Config(64, (1, 2), 2, (8, 4))),
+    '32x32x3, 64 channels, G*': NetworkConfig((32, 32), 3, 10, EDM2Config(64, (1, 2, 2), 1, (16, 8))),
+    '32x32x3, 64 channels, A': NetworkConfig((32, 32), 3, 10, EDM2Config(64, (1, 2, 2), 1, (16, 8), block='A')),
+    '64x64x3, 64 channels, G*': NetworkConfig((64, 64), 3, 10, EDM2Config(64, (1, 2, 3, 4), 1, (16, 8))),
 }
 BATCHES = (64, 1)
 ROUNDS = 5

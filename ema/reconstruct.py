@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dnnlib.errors import UserError
 from ema.power import STD_LIMIT, Combination, solve
 from networks.denoiser import Denoiser
-from networks.files import NetworkInfo, fitting_network, is_constant, open_network
+from networks.files import NetworkInfo, fitting_network, open_network
 from torch_utils.tensor_files import MappedTensors
 from torch_utils.threads import one_thread
 
@@ -237,11 +237,12 @@ class Plan:
         """
         parts = self.passes(memory)
         last = self.snapshots[-1].info
-        names = [name for name, _ in _network(self.snapshots[0]).named_parameters()]
+        net = _network(self.snapshots[0])
+        names = [name for name, _ in net.named_parameters()]
         for part in parts:
             totals = self._combine(names, part, len(parts))
             with open_network(self.snapshots[-1].path) as file:
-                constants = {name: file.get(name).float() for name in file.names if is_constant(name)}
+                constants = {name: file.get(name).float() for name, _ in net.named_buffers()}
             for i, each in enumerate(part):
                 lengths = None if each.std else each.lengths
                 info = dataclasses.replace(last, nimg=self.nimg, ema_std=each.std, ema_lengths=lengths)

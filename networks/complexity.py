@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
+from networks.dropout import seed_dropout
 
 aten = torch.ops.aten
 
@@ -168,10 +169,7 @@ def complexity(config: NetworkConfig, precision: str = 'fp32') -> Complexity:
     """
     net, inputs = _without_weights(config, precision)
     counter = _Counter([*net.parameters(), *net.buffers()])
-    hooks = [
-        module.register_forward_pre_hook(_enter(counter, name))
-        for name, module in [*net.unet.enc.items(), *net.unet.dec.items(), ('output', net.unet.out_conv)]
-    ]
+    hooks = [module.register_forward_pre_hook(_enter(counter, name)) for name, module in net.unet.stages()]
     with torch.no_grad(), counter, _AttentionCounter(counter):
         net(*inputs)
     for hook in hooks:
@@ -187,7 +185,7 @@ def complexity(config: NetworkConfig, precision: str = 'fp32') -> Complexity:
 
 
 def _enter(counter: _Counter, name: str):
-    match = re.match(r'\d+x\d+', name)
+    match = re.search(r'\d+x\d+', name)
 
     def hook(module, args):
         counter.place = match[0] if match else name
@@ -199,7 +197,7 @@ def _without_weights(config: NetworkConfig, precision: str) -> tuple[Denoiser, t
     """A network on the meta device, and inputs for it at batch 1."""
     with torch.device('meta'):
         net = Denoiser(config, precision=precision).eval()
-        x = torch.empty(1, config.img_channels, *config.img_resolution)
+        x = torch.empty(1, *config.image_shape)
         labels = torch.empty(1, config.label_dim) if config.label_dim else None
         return net, (x, torch.empty(1), labels)
 
@@ -230,7 +228,7 @@ def kept_for_gradients(config: NetworkConfig, precision: str = 'fp32') -> tuple[
         saved[storage._cdata] = storage  # held, so that no address is used twice
         return tensor
 
-    net.train()
+    seed_dropout(net.train(), 0, [0])
     counter = _Counter([*net.parameters(), *net.buffers()])
     counter.paused = True  # it only tells what comes from weights
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), counter:

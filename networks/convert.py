@@ -17,7 +17,6 @@ from networks.files import (
     NetworkInfo,
     PublishedNetworkFile,
     fitting_network,
-    is_constant,
     open_network,
     save_network,
 )
@@ -73,9 +72,10 @@ def convert(
     if dtype != KEEP and dtype not in PRECISIONS:
         raise UserError(unknown_choice('dtype', dtype, [KEEP, *PRECISIONS]))
     with open_network(source, offline) as file:
-        names = list(fitting_network(file).state_dict())
+        net = fitting_network(file)
+        names, constants = list(net.state_dict()), dict(net.named_buffers())
         make_folder(Path(dest).parent)
-        weights = {name: _get(file, name, dtype) for name in names}
+        weights = {name: _get(file, name, dtype, name in constants) for name in names}
         if plain:
             save_tensors(dest, weights, None)
         else:
@@ -83,9 +83,9 @@ def convert(
         return file.info
 
 
-def _get(file: NetworkFile | PublishedNetworkFile, name: str, dtype: str) -> torch.Tensor:
+def _get(file: NetworkFile | PublishedNetworkFile, name: str, dtype: str, constant: bool) -> torch.Tensor:
     """A tensor of an open file as it shall be stored."""
-    if is_constant(name):
+    if constant:
         return file.get(name).float()
     if dtype != KEEP:
         return file.get(name).to(PRECISIONS[dtype])
@@ -116,7 +116,7 @@ def _summary(info: NetworkInfo) -> str:
     shape = 'x'.join(map(str, (info.config.img_channels, *info.config.img_resolution)))
     when = f'{info.nimg // 1000} kimg' if info.nimg else 'unknown training time'
     ema = '' if info.ema_std is None else f', EMA {info.ema_std:.3f}'
-    kind = f'{info.config.model_channels} channels, {info.config.label_dim} classes, encoder {info.encoder}'
+    kind = f'{info.config.label_dim} classes, encoder {info.encoder}'
     return f'{info.preset or "network"}, {shape}, {kind}, {when}{ema}'
 
 

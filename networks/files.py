@@ -32,6 +32,7 @@ class NetworkInfo:
         encoder: What turns its output into images, see `networks.encoders.ENCODERS`.
         ema_lengths: Patterns of parameter names and their lengths, where they differ.
         ema_halflife: Half-life of a traditional EMA, in images.
+        sampler: How it is sampled where nothing else is asked for: `sampling.config.SamplerConfig` as plain values.
     """
 
     config: NetworkConfig
@@ -42,6 +43,7 @@ class NetworkInfo:
     encoder: str = 'rgb'
     ema_lengths: tuple[tuple[str, float], ...] | None = None
     ema_halflife: int | None = None
+    sampler: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_header(self) -> dict[str, Any]:
         """As plain values; `from_header` is its inverse."""
@@ -69,6 +71,7 @@ class NetworkInfo:
                 encoder,
                 None if lengths is None else tuple((str(pattern), float(std)) for pattern, std in lengths),
                 header.get('ema_halflife'),
+                header.get('sampler', {}),
             )
         except KeyError as error:
             raise UserError(f'{path}: the header lacks {error.args[0]!r}') from None
@@ -134,13 +137,15 @@ def save_network(
         dtype: To store the parameters in; None keeps theirs. Buffers (Fourier features) are stored as they are:
             they are constants.
     """
-    stored = {name: t if is_constant(name) or dtype is None else t.to(dtype) for name, t in weights.items()}
+    constants = constant_names(info.config)
+    stored = {name: t if name in constants or dtype is None else t.to(dtype) for name, t in weights.items()}
     save_tensors(path, stored, info.to_header())
 
 
-def is_constant(name: str) -> bool:
-    """Whether a tensor of a network is a constant buffer (frequencies and phases) rather than a parameter."""
-    return name.endswith(('.freqs', '.phases'))
+def constant_names(config: NetworkConfig) -> set[str]:
+    """Names of a network's tensors that are constants, such as random frequencies, rather than trained parameters."""
+    with torch.device('meta'):
+        return {name for name, _ in Denoiser(config).named_buffers()}
 
 
 def read_info(source: str | os.PathLike, offline: bool = False) -> NetworkInfo:

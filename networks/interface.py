@@ -2,6 +2,8 @@
 
 import dataclasses
 
+LARGEST = 2**20  # sizes and widths of configs from files that nobody vouches for
+
 
 @dataclasses.dataclass(frozen=True)
 class Interface:

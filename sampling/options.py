@@ -1,50 +1,109 @@
-"""The command-line options of a sampler, the same for all scripts that generate."""
+"""The command-line options of a sampler, the same for all scripts that generate.
 
+Each is a field of `SamplerConfig`, or of a sampler or a discretization, whose fields are options by themselves.
+"""
+
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import click
 
+from diffusion.schedules import DISCRETIZATIONS
 from dnnlib import cli
-from sampling.pipeline import SamplerConfig
-from sampling.samplers import SAMPLERS, Churn
+from dnnlib.configs import replaced, tag_of
+from dnnlib.errors import UserError
+from sampling.config import SamplerConfig
+from sampling.samplers import SAMPLERS
 
-OPTIONS = [
-    click.option('--sampler', 'name', default='heun', show_default=True, metavar='|'.join(SAMPLERS),
-                 help='heun makes 2 N - 1 evaluations in N steps, the others N.'),
-    click.option('--steps', type=int, default=32, show_default=True, help='Sampling steps.'),
-    click.option('--guidance-interval', type=cli.FLOATS, metavar='LO,HI',
-                 help='Guide at noise levels in (LO, HI] only, such as 0.19,1.61; by default at all.'),
-    click.option('--sigma-min', type=float, default=0.002, show_default=True, help='Lowest noise level.'),
-    click.option('--sigma-max', type=float, default=80.0, show_default=True, help='Highest noise level.'),
-    click.option('--rho', type=float, default=7.0, show_default=True, help='Spacing of the noise levels.'),
-    click.option('--S_churn', 'S_churn', type=float, default=0.0, show_default=True, help='Noise added on the way.'),
-    click.option('--S_min', 'S_min', type=float, default=0.0, show_default=True, help='Lowest noise level of churn.'),
-    click.option('--S_max', 'S_max', type=float, default=float('inf'), show_default=True, help='Highest one.'),
-    click.option('--S_noise', 'S_noise', type=float, default=1.0, show_default=True, help='Inflation of added noise.'),
-]  # fmt: skip
+TABLES = {'sampler': SAMPLERS, 'disc': DISCRETIZATIONS}
+
+
+def _owned() -> dict[str, dict[str, dataclasses.Field]]:
+    """Options of the samplers and of the discretizations: table -> name -> field."""
+    return {
+        key: {field.name: field for cls in table.values() for field in dataclasses.fields(cls)}
+        for key, table in TABLES.items()
+    }
+
+
+def _option(name: str, field: dataclasses.Field) -> Callable:
+    """The option of a field: --S_churn for S_churn, --sigma-min for sigma_min."""
+    flag = name if name[0].isupper() else name.replace('_', '-')
+    default = field.default if not isinstance(field.default, float) else f'{field.default:g}'
+    kind = type(field.default) if field.default is not None else str
+    return click.option(f'--{flag}', name, type=kind, help=f'{field.metadata["help"]}  [default: {default}]')
 
 
 def sampler_options(command: Callable) -> Callable:
     """Add them to a click command; what they give is for `sampler_config`."""
-    for option in reversed(OPTIONS):
+    options = [
+        click.option('--sampler', metavar='|'.join(SAMPLERS), help='How to get from noise to images; docs/sampling.md '
+                     'compares them.  [default: what the network file says, or heun]'),
+        click.option('--steps', type=int, help='Sampling steps.  [default: what the network file says, or 32]'),
+        click.option('--guidance-interval', type=cli.FLOATS, metavar='LO,HI',
+                     help='Guide at noise levels in (LO, HI] only, such as 0.19,1.61; by default at all.'),
+        click.option('--disc', metavar='|'.join(DISCRETIZATIONS),
+                     help='Where the noise levels lie.  [default: what the network file says, or edm]'),
+    ]  # fmt: skip
+    options += [_option(name, field) for fields in _owned().values() for name, field in fields.items()]
+    for option in reversed(options):
         command = option(command)
     return command
 
 
-def sampler_config(flags: dict[str, Any], guidance: float) -> SamplerConfig:
-    """Take the values of `sampler_options` out of a command's flags.
+def sampler_config(
+    flags: dict[str, Any], guidance: float | None, own: dict[str, Any] | SamplerConfig | None = None
+) -> SamplerConfig:
+    """What the options ask for; where they say nothing, what the network file does.
 
     Args:
-        flags: By name; those of the sampler are removed.
-        guidance: Its weight, which each script asks for in its own way.
+        flags: By name, as `take_sampler_flags` took them.
+        guidance: Its weight, which each script asks for in its own way; None for what the file says.
+        own: Settings in the network file, or a config.
 
     Raises:
         UserError: with all problems.
     """
-    churn = Churn(**{name: flags.pop(name) for name in ('S_churn', 'S_min', 'S_max', 'S_noise')})
-    given = {name: flags.pop(name) for name in ('name', 'steps', 'sigma_min', 'sigma_max', 'rho')}
-    interval = flags.pop('guidance_interval')
-    if interval is not None:
+    config = own if isinstance(own, SamplerConfig) else SamplerConfig.from_json(own or {})
+    given = {name: value for name, value in flags.items() if value is not None}
+    changes = {name: given.pop(name) for name in TABLES if name in given and given[name] != _name(config, name)}
+    config = replaced(config, changes)
+    if 'guidance_interval' in given:
+        interval = given['guidance_interval']
+        if len(interval) != 2:
+            text = ','.join(f'{v:g}' for v in interval)
+            raise UserError(f'the guidance interval must be LO,HI with 0 <= LO < HI, not {text}')
         given['guidance_interval'] = tuple(interval)
-    return SamplerConfig(**given, guidance=guidance, churn=churn).check()
+    if guidance is not None:
+        given['guidance'] = guidance
+    owned, found, changes = _owned(), [], {}
+    for name, value in given.items():
+        where = next(
+            (key for key, fields in owned.items() if name in fields and hasattr(getattr(config, key), name)), ''
+        )
+        if not where and any(name in fields for fields in owned.values()):
+            found.append(_not_taken(config, name))
+        changes[f'{where}.{name}' if where else name] = value
+    if found:
+        raise UserError(found)
+    return replaced(config, changes).check()
+
+
+def take_sampler_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Take the values of `sampler_options` out of a command's flags."""
+    names = ['sampler', 'steps', 'guidance_interval', 'disc', *(name for f in _owned().values() for name in f)]
+    return {name: flags.pop(name) for name in dict.fromkeys(names)}
+
+
+def _name(config: SamplerConfig, key: str) -> str:
+    return tag_of(getattr(config, key), TABLES[key])
+
+
+def _not_taken(config: SamplerConfig, name: str) -> str:
+    """Message for an option that the chosen sampler or discretization has not."""
+    for key, table in TABLES.items():
+        able = [n for n, cls in table.items() if name in {f.name for f in dataclasses.fields(cls)}]
+        if able:
+            return f'the {key} {_name(config, key)} has no option {name}; {" and ".join(able)} have'
+    raise AssertionError(name)

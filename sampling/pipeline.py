@@ -2,87 +2,21 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
-from diffusion.schedules import edm_sigmas
-from dnnlib.errors import UserError, unknown_choice
+from dnnlib.errors import UserError
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import Encoder, PixelEncoder
+from sampling.config import SamplerConfig
 from sampling.guidance import guide
 from sampling.portions import Portions, evaluating
-from sampling.samplers import SAMPLERS, Churn, Denoise, Observe, get_sampler
+from sampling.samplers import Denoise, Observe
 from torch_utils.threads import one_thread
 
 CHUNK = 64  # streams at a time, where nothing but their classes is asked for
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerConfig:
-    """How images are generated; the defaults are EDM2's (EDM2 table 6).
-
-    Args:
-        steps: N, number of noise levels above 0.
-        sigma_min, sigma_max, rho: Spacing of the noise levels (EDM eq. 5).
-        guidance: Weight of the main network against the guiding one; 1 is no guidance.
-        churn: Stochasticity (EDM algorithm 2).
-        name: Of the sampler, a row of `sampling.samplers.SAMPLERS`.
-        guidance_interval: Noise levels (low, high] at which there is guidance.
-    """
-
-    steps: int = 32
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    guidance: float = 1.0
-    churn: Churn = dataclasses.field(default_factory=Churn)
-    name: str = 'heun'
-    guidance_interval: tuple[float, float] = (0.0, math.inf)
-
-    def sigmas(self) -> torch.Tensor:
-        """The noise levels, float64 [steps + 1], the last one 0."""
-        return edm_sigmas(self.steps, self.sigma_min, self.sigma_max, self.rho)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values, for the record beside the images; an infinite bound becomes None."""
-        values = dataclasses.asdict(self)
-        values['churn'] = {name: v if math.isfinite(v) else None for name, v in values['churn'].items()}
-        values['guidance_interval'] = [v if math.isfinite(v) else None for v in self.guidance_interval]
-        return values
-
-    def check(self) -> 'SamplerConfig':
-        """Return self.
-
-        Raises:
-            UserError: with all problems, if there are any.
-        """
-        found = [
-            f'{name} must be a finite number, not {getattr(self, name)}'
-            for name in ('sigma_min', 'sigma_max', 'rho', 'guidance')
-            if not math.isfinite(getattr(self, name))
-        ]
-        if self.name not in SAMPLERS:
-            found.append(unknown_choice('sampler', self.name, SAMPLERS))
-        elif self.churn.S_churn > 0 and not SAMPLERS[self.name].takes_churn:
-            able = ' and '.join(name for name, sampler in SAMPLERS.items() if sampler.takes_churn)
-            found.append(f'the sampler {self.name} takes no churn; {able} do')
-        if self.steps < 1:
-            found.append(f'steps must be at least 1, not {self.steps}')
-        if not 0 < self.sigma_min < self.sigma_max:
-            found.append(f'0 < sigma_min < sigma_max is needed, not {self.sigma_min} and {self.sigma_max}')
-        if self.rho <= 0:
-            found.append(f'rho must be positive, not {self.rho}')
-        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
-            given = ','.join(f'{v:g}' for v in self.guidance_interval)
-            found.append(f'the guidance interval must be LO,HI with 0 <= LO < HI, not {given}')
-        found += self.churn.problems()
-        if found:
-            raise UserError(found)
-        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +62,7 @@ class Streams:
 
     def __init__(self, seeds: Sequence[int], config: NetworkConfig):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.shape = (config.img_channels, *config.img_resolution)
+        self.shape = config.image_shape
         self.latents = self.normal()
         self.drawn = torch.zeros(len(seeds), dtype=torch.int64)
         if config.label_dim:
@@ -244,7 +178,7 @@ def count_evaluations(config: SamplerConfig) -> tuple[int, int]:
     denoise = guide(
         functools.partial(counted, 0), functools.partial(counted, 1), config.guidance, config.guidance_interval
     )
-    get_sampler(config.name).solve(denoise, torch.zeros(1), config.sigmas(), torch.zeros_like, config.churn)
+    config.sampler(denoise, torch.zeros(1, 1, 1, 1), config.sigmas(), torch.zeros_like)
     return counts[0], counts[1]
 
 
@@ -261,12 +195,12 @@ def _sample_batch(
     labels = choose_labels(net.config, seeds, streams, classes)
     one_hot = None if labels is None else torch.nn.functional.one_hot(labels, net.config.label_dim)
     one_hot = None if one_hot is None else one_hot.float().to(net.device)
-    x = get_sampler(config.name).solve(
+    sigmas = config.sigmas(net.config.preconditioning)
+    x = config.sampler(
         _guided(portions, one_hot, config),
-        streams.latents.to(net.device) * config.sigma_max,
-        config.sigmas(),
+        streams.latents.to(net.device) * sigmas[0].item(),
+        sigmas,
         lambda x: streams.normal().to(x),
-        config.churn,
         observe,
     )
     if not torch.isfinite(x).all():
@@ -325,7 +259,7 @@ def check_fit(
     if guiding_net is net and not label_dim:
         found.append('the network is unconditional: it has no labels to drop, and cannot guide itself')
     elif guiding_net is not None:
-        ours, theirs = ((c.img_channels, *c.img_resolution) for c in (net.config, guiding_net.config))
+        ours, theirs = net.config.image_shape, guiding_net.config.image_shape
         if ours != theirs:
             found.append(f'the guiding network makes images of shape {theirs}, the main network {ours}')
         if guiding_net.config.label_dim not in (0, label_dim):

@@ -25,7 +25,8 @@ def portion_size(config: NetworkConfig) -> int:
     It depends on the network alone. More would waste time where few images are asked for, as a portion is always
     filled up; fewer would waste it on small networks.
     """
-    height, width, channels = config.levels[0]
+    height, width = config.img_resolution
+    channels = config.architecture.width
     size = LARGEST_PORTION
     while size > 1 and size * height * width * channels > PORTION_FEATURES:
         size //= 2

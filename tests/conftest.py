@@ -2,12 +2,15 @@
 
 import os
 
+from dnnlib.configs import replaced
+from tests.helpers import edm2_network
+from training.methods.denoising import DenoisingConfig
+
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # read once, when torch is imported; subprocesses inherit it
 
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
@@ -20,7 +23,7 @@ from networks.config import NetworkConfig
 from tests.helpers import make_archive
 from training.config import TrainConfig
 from training.loop import train
-from training.optimizer import LearningRate
+from training.optimizer import Optimizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,7 +59,7 @@ def run_script(tmp_path):
 @pytest.fixture
 def tiny_config() -> NetworkConfig:
     """A network that takes milliseconds: 8x8 grayscale, 10 classes."""
-    return NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
+    return edm2_network((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
 
 
 @pytest.fixture(scope='session')
@@ -74,9 +77,9 @@ def config(archive, tiny_config) -> TrainConfig:
         data=str(archive),
         dataset=dataset.name,
         fingerprint=dataset.fingerprint,
-        network=replace(tiny_config, dropout=0.1),
-        levels=LogNormal(-0.8, 1.6),
-        learning_rate=LearningRate(0.01, 100, 2048),
+        network=replaced(tiny_config, {'architecture.dropout': 0.1}),
+        method=DenoisingConfig(LogNormal(-0.8, 1.6)),
+        optimizer=Optimizer(0.01, 100, 2048),
         duration=2048,
         batch=256,
         snapshot=1024,

@@ -10,8 +10,15 @@ import PIL.Image
 import torch
 
 from metrics.inception import InceptionV3
+from networks.config import NetworkConfig
+from networks.edm2.config import EDM2Config
 from torch_utils.tensor_files import TensorFile
 from training.state import state_files
+
+
+def edm2_network(img_resolution: tuple[int, int], img_channels: int, label_dim: int, *args, **kwargs) -> NetworkConfig:
+    """The config of a network of EDM2: shape and classes, then the arguments of `EDM2Config`."""
+    return NetworkConfig(img_resolution, img_channels, label_dim, EDM2Config(*args, **kwargs), uncertainty=128)
 
 
 def make_archive(path: Path, count: int, classes: int, shape: tuple[int, int, int] = (1, 8, 8)) -> Path:

@@ -71,7 +71,7 @@ def modules_of_the_files() -> Iterator[None]:
 
 def arguments_of(net: Denoiser) -> dict:
     """What the published constructor gets for a network of block A."""
-    config = net.config
+    config, shape = net.config.architecture, net.config
     return {
         'model_channels': config.model_channels,
         'dropout': config.dropout,
@@ -80,9 +80,9 @@ def arguments_of(net: Denoiser) -> dict:
         'num_blocks': config.num_blocks,
         'attn_resolutions': list(config.attn_resolutions),
         'channels_per_head': config.channels_per_head,
-        'img_resolution': config.img_resolution[0],
-        'img_channels': config.img_channels,
-        'label_dim': config.label_dim,
+        'img_resolution': shape.img_resolution[0],
+        'img_channels': shape.img_channels,
+        'label_dim': shape.label_dim,
     }
 
 
@@ -109,7 +109,9 @@ def stored(module: torch.nn.Module, dtype: torch.dtype, arguments: dict):
     )
     state['_buffers'] = collections.OrderedDict((name, b.detach().to(dtype)) for name, b in module._buffers.items())
     state['_modules'] = collections.OrderedDict(
-        (name, None if child is None else stored(child, dtype, {})) for name, child in module._modules.items()
+        (name, None if child is None else stored(child, dtype, {}))
+        for name, child in module._modules.items()
+        if name not in own
     )
     if isinstance(module, torch.nn.ModuleDict):
         container = torch.nn.ModuleDict()

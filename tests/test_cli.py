@@ -9,7 +9,7 @@ from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, save_network
 from tests.conftest import ROOT
-from tests.helpers import make_archive
+from tests.helpers import edm2_network, make_archive
 
 
 @pytest.fixture(scope='module')
@@ -18,7 +18,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp('place')
     make_archive(folder / 'data.zip', count=40, classes=10)
     make_archive(folder / 'unlabelled.zip', count=4, classes=0)
-    config = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
+    config = edm2_network((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
     net = Denoiser(config).eval()
     save_network(folder / 'net.safetensors', net.state_dict(), NetworkInfo(config, 1000, 0.1, 'edm2plus-digits'))
     (folder / 'text.safetensors').write_text('not a network')
@@ -49,7 +49,7 @@ CASES = {
     'no such GPU': (TRAIN + ' --device=cuda', 'device cuda:0 is not there'),
     'no such device': (TRAIN + ' --device=foo', "unknown device 'foo'"),
     'huge seed': (TRAIN + ' --seed=99999999999999999999', 'seed must be between'),
-    'not a number': (TRAIN + ' --lr=nan', 'ref must be a finite number, not nan'),
+    'not a number': (TRAIN + ' --lr=nan', 'optimizer.lr must be a number, not nan'),
     'empty folder name': (TRAIN.replace('{out}', ''), 'the name of the output folder is empty'),
     'no labels': (TRAIN.replace('data.zip', 'unlabelled.zip'), 'has no labels'),
     'unknown precision': (TRAIN + ' --precision=fp8', "unknown precision 'fp8'"),

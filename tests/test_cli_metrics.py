@@ -19,11 +19,12 @@ import dataset_tool
 import metrics.inception
 from dnnlib import cli
 from metrics.detectors import PixelDetector
-from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, load_network, save_network
-from sampling.pipeline import SamplerConfig, generate
-from tests.helpers import make_latents, random_inception
+from sampling.config import SamplerConfig
+from sampling.pipeline import generate
+from sampling.samplers import Euler
+from tests.helpers import edm2_network, make_latents, random_inception
 from torch_utils.tensor_files import TensorFile, save_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -492,7 +493,7 @@ def test_repeats_of_stored_images(run, tmp_path):
 @pytest.fixture(scope='module')
 def network(tmp_path_factory, data):
     path = tmp_path_factory.mktemp('net') / 'net.safetensors'
-    config = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
+    config = edm2_network((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = Denoiser(config)
@@ -510,8 +511,8 @@ def test_generated_images_are_those_of_generate(run, network, tmp_path):
     record = json.loads(path.read_text())
     assert record['images']['seeds'] == ['0-19', '20-39'] and 'N=20 x 2' in out
     assert record['images']['net']['sha256'] == hashlib.sha256(network.read_bytes()).hexdigest()
-    assert record['images']['sampler']['name'] == 'euler' and record['images']['classes'] == list(range(10))
-    config = SamplerConfig(name='euler', steps=2)
+    assert record['images']['sampler']['sampler']['name'] == 'euler' and record['images']['classes'] == list(range(10))
+    config = SamplerConfig(2, Euler())
     net = load_network(network)[0]
     for numbers, seeds in zip(record['runs'], (range(20), range(20, 40)), strict=True):
         images = torch.cat([batch.images for batch in generate(net, seeds, config, classes=range(10), batch_size=20)])

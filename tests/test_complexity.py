@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from networks.complexity import _Counter, attention_cost, complexity, saved_bytes
-from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
-from training.presets.edm2 import get_preset, network_config
+from tests.helpers import edm2_network
 from training.presets.paper_tables import TABLES
+from training.presets.table import get_preset
 
 KNOWN_TO_DIFFER = {('edm2plus-img64-s', 'edm2plus-img64-xs/0'), ('edm2plus-img64-xl',)}  # each with a note
 
@@ -47,7 +47,7 @@ def test_tables_of_the_paper_to_the_last_digit(tables):
 
 def test_largest_model():
     """EDM2 table 2 and appendix D.5: XXL at 512x512, and the operators that dominate it, in gigaflops."""
-    cost = complexity(network_config(get_preset('edm2-img512-xxl')))
+    cost = complexity(get_preset('edm2-img512-xxl').network)
     assert round(cost.parameters / 1e6, 1) == 1523.2 and round(cost.operations / 1e9, 1) == 552.1
     kinds = {kind: n / 1e9 for kind, n in cost.by_kind.items()}
     resampling = kinds['avg_pool2d'] + kinds['upsample_nearest2d']  # convolutions there
@@ -62,7 +62,7 @@ def test_parameters_are_those_of_the_network(tiny_config):
 
 def test_multiply_accumulates_by_hand():
     # One level, one block: everything at 4x4 with 8 channels, all of them in heads of 8.
-    config = NetworkConfig((4, 4), 1, 0, 8, (1,), 1, (), 8, block='A')
+    config = edm2_network((4, 4), 1, 0, 8, (1,), 1, (), 8, block='A')
     conv, pixels = 9 * 8 * 8 * 16, 16
     blocks = 5  # enc block0, dec in0, in1, block0, block1
     skips = 2 * 16 * 8 * pixels + 2 * 9 * 8 * 8 * pixels  # the wider input of two decoder blocks: conv_skip, conv_res0
@@ -98,7 +98,7 @@ def test_attention_by_hand():
 
 
 def test_memory(tiny_config):
-    narrow, wide = complexity(tiny_config), complexity(NetworkConfig((8, 8), 1, 10, 32, (1, 2), 1, (4,), 16))
+    narrow, wide = complexity(tiny_config), complexity(edm2_network((8, 8), 1, 10, 32, (1, 2), 1, (4,), 16))
     assert wide.peak_bytes > narrow.peak_bytes
     # At least the input of each of the blocks' SiLUs, in float32: 16 channels at 8x8 in four blocks, two in each.
     assert saved_bytes(tiny_config) > 4 * 2 * 16 * 64 * 4
@@ -124,7 +124,7 @@ PRINTED = {
 
 @pytest.mark.parametrize('name', PRINTED)
 def test_sizes_of_presets(name):
-    cost = complexity(network_config(get_preset(name)))
+    cost = complexity(get_preset(name).network)
     for value, text in zip((cost.parameters / 1e6, cost.operations / 1e9), PRINTED[name], strict=True):
         assert f'{value:.{len(text.partition(".")[2])}f}' == text
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._dynamo import config as dynamo_config
 
-from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.edm2.branches import BRANCHES
 from networks.edm2.magnitude import normalize
 from networks.edm2.unet import Block
+from tests.helpers import edm2_network
 from tests.test_networks import golden_inputs, golden_net
 
 # Every layer rounds to 8 bits of mantissa (bfloat16: 4e-3) or 11 (float16: 5e-4); errors of some thirty layers add
@@ -67,7 +67,7 @@ def test_combination_is_in_float32(tiny_config):
 
 
 def test_attention_is_the_written_formula(tiny_config):
-    block = Block(32, 32, 32, tiny_config, 'dec', attention=True).double().eval()
+    block = Block(32, 32, 32, tiny_config.architecture, 'dec', attention=True).double().eval()
     generator = torch.Generator().manual_seed(0)
     for p in block.parameters():
         p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_features_stay_in_channels_last(name):
 @pytest.mark.parametrize('name', BRANCHES)
 def test_magnitudes_at_initialisation(name):
     """Feature maps of a new network have unit magnitude, give or take (EDM2 figure 15, appendix B)."""
-    config = NetworkConfig((32, 32), 3, 10, 64, (1, 2), 2, (16,), 32, block=name)
+    config = edm2_network((32, 32), 3, 10, 64, (1, 2), 2, (16,), 32, block=name)
     net = Denoiser(config, seed=0).eval()
     seen = {}
 

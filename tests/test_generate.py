@@ -19,15 +19,16 @@ from click.testing import CliRunner
 import generate as script
 from dnnlib.errors import UserError
 from dnnlib.parsing import parse_grid
-from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import PixelEncoder
 from networks.files import NetworkInfo, save_network
 from sampling import output
-from sampling.pipeline import SamplerConfig, sample
+from sampling.config import SamplerConfig
+from sampling.pipeline import sample
 from tests.conftest import ROOT
+from tests.helpers import edm2_network
 
-LABELLED = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
+LABELLED = edm2_network((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
 
 
 def make_network(path, config=LABELLED, seed=0, encoder='rgb'):
@@ -46,10 +47,10 @@ def nets(tmp_path_factory):
     """A labelled network, an unconditional one, one in colour, one of latents."""
     folder = tmp_path_factory.mktemp('nets')
     make_network(folder / 'net.safetensors')
-    make_network(folder / 'guide.safetensors', NetworkConfig((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16), seed=1)
-    colour = NetworkConfig((8, 12), 3, 0, 16, (1, 2), 1, (4,), 16)
+    make_network(folder / 'guide.safetensors', edm2_network((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16), seed=1)
+    colour = edm2_network((8, 12), 3, 0, 16, (1, 2), 1, (4,), 16)
     make_network(folder / 'colour.safetensors', colour)
-    latents = NetworkConfig((4, 4), 4, 0, 16, (1, 2), 1, (2,), 16)
+    latents = edm2_network((4, 4), 4, 0, 16, (1, 2), 1, (2,), 16)
     make_network(folder / 'latents.safetensors', latents, encoder='stabilityvae')
     make_network(folder / 'nameless.safetensors', latents)
     return folder
@@ -87,15 +88,17 @@ def pngs(folder):
 def test_record(generate, nets, tmp_path):
     said = generate(
         f'--gnet={nets}/guide.safetensors', '--guidance=2', '--guidance-interval=0.1,3', '--sampler=dpm++2m',
-        '--class=7', '--subdirs', '--S_noise=1.1', steps=9, seeds='3,999-1001',
+        '--class=7', '--subdirs', '--rho=7', steps=9, seeds='3,999-1001',
     )  # fmt: skip
     record = json.loads((tmp_path / 'out/generation.json').read_text())
     assert record['complete'] is True and record['seeds'] == [3, 999, 1000, 1001] and record['classes'] == [7]
     for which, file in (('net', 'net'), ('guiding_net', 'guide')):
         content = (nets / f'{file}.safetensors').read_bytes()
         assert record[which]['sha256'] == hashlib.sha256(content).hexdigest() and record[which]['nimg'] == 1000
-    assert record['sampler']['name'] == 'dpm++2m' and record['sampler']['guidance_interval'] == [0.1, 3]
-    assert record['sampler']['churn'] == {'S_churn': 0, 'S_min': 0, 'S_max': None, 'S_noise': 1.1}
+    assert record['sampler'] == {
+        'steps': 9, 'sampler': {'name': 'dpm++2m'}, 'guidance': 2, 'guidance_interval': [0.1, 3],
+        'disc': {'name': 'edm', 'sigma_min': 0.002, 'sigma_max': 80, 'rho': 7},
+    }  # fmt: skip
     # Of the levels 80, 39, 17.5, 7.1, 2.52, 0.74, 0.17, 0.026 and 0.002 three are in (0.1, 3].
     assert record['evaluations_per_image'] == {'net': 9, 'guiding_net': 3}
     assert 'evaluations for each: 9, 3 of the guiding network' in said and '4 images in' in said
@@ -206,10 +209,10 @@ def test_other_settings_are_refused(generate, nets, tmp_path):
     guiding = f'--gnet={nets}/guide.safetensors'
     for change, options, message in (
         ([], {'steps': 3}, r'other settings \(sampler.steps 2, now 3\)'),
-        (['--sampler=euler'], {}, 'sampler.name heun, now euler'),
+        (['--sampler=euler'], {}, 'sampler.sampler.name heun, now euler'),
         (['--class=3'], {}, r'classes None, now \[3\]'),
         (['--precision=bf16'], {}, 'precision fp32, now bf16'),
-        (['--S_churn=2'], {}, 'sampler.churn.S_churn 0.0, now 2.0'),
+        (['--S_churn=2'], {}, 'sampler.sampler.S_churn 0.0, now 2.0'),
         ([guiding, '--guidance=2'], {}, 'guiding_net None, now file [0-9a-f]{16}'),
         (['--subdirs'], {}, 'other images, such as 000000.png'),
         ([], {'seeds': '0-2'}, 'other images, such as 000003.png'),
@@ -324,7 +327,7 @@ def test_self_guidance(generate, tmp_path):
 def test_bad_words(generate, tmp_path):
     for args, message in (
         (['--sampler=heum'], "unknown sampler 'heum'; did you mean heun"),
-        (['--sampler=dpm++2m', '--S_churn=1'], 'takes no churn'),
+        (['--sampler=dpm++2m', '--S_churn=1'], 'the sampler dpm..2m has no option S_churn; heun and euler have'),
         (['--guidance-interval=2,1', '--gnet=self', '--guidance=2'], 'LO < HI'),
         (['--guidance-interval=1,2'], '--guidance-interval means nothing without guidance'),
         (['--gnet=self'], '--gnet guides nothing without its weight'),

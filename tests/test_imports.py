@@ -12,10 +12,10 @@ LAYERS = [
     {'torch_utils'},
     {'diffusion'},
     {'networks'},
-    {'dataset', 'ema', 'sampling', 'metrics'},
-    {'training', 'evaluation'},
+    {'dataset', 'ema', 'metrics', 'sampling'},
+    {'evaluation', 'training'},
 ]
-BELOW = {room: set().union(*LAYERS[:i]) for i, layer in enumerate(LAYERS) for room in layer}
+BELOW = {room: set().union(*LAYERS[:i]) for i, layer in enumerate(LAYERS) for room in sorted(layer)}
 SCRIPTS = {path.stem for path in ROOT.glob('*.py')}
 
 

@@ -20,7 +20,7 @@ from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
 from networks.encoders import LATENT_MEAN, LATENT_STD, StabilityVAEEncoder, encode_pixels
 from networks.files import read_info
-from torch_utils.random import stream
+from torch_utils.random import stream, stream_seed
 from training.inputs import to_training_images, training_inputs
 from training.order import BatchOrder, make_loader
 
@@ -356,7 +356,9 @@ def test_latents_train(tmp_path, images, run_script):
 def test_another_seed_draws_other_latents(config):
     """Held-out images have draws of their own, which are not those of training."""
     moments, numbers = torch.ones(2, 8, 4, 4), [0, 1]
-    y, _ = training_inputs(moments, torch.tensor([0, 1]), numbers, config, torch.device('cpu'))
-    other, _ = training_inputs(moments, torch.tensor([0, 1]), numbers, config, torch.device('cpu'), seed=7)
+    y = training_inputs(moments, torch.tensor([0, 1]), numbers, config, torch.device('cpu')).y
+    other = training_inputs(moments, torch.tensor([0, 1]), numbers, config, torch.device('cpu'), held_out=True).y
     assert torch.equal(y, to_training_images(moments, numbers, config.seed))
-    assert torch.equal(other, to_training_images(moments, numbers, 7)) and not torch.equal(y, other)
+    assert torch.equal(
+        other, to_training_images(moments, numbers, stream_seed(config.seed, 'held out'))
+    ) and not torch.equal(y, other)

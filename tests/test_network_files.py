@@ -6,12 +6,12 @@ import signal
 import stat
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 
+from dnnlib.configs import replaced
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_path, make_folder, write_json
 from networks.denoiser import Denoiser
@@ -52,7 +52,11 @@ def test_header_is_json_with_versions(saved):
     _, _, path = saved
     with safetensors.safe_open(path, framework='pt') as file:
         header = json.loads(file.metadata()[HEADER_KEY])
-    assert header['kind'] == 'network file' and header['config']['block'] == 'G*' and header['nimg'] == 4096
+    assert (
+        header['kind'] == 'network file'
+        and header['config']['architecture']['block'] == 'G*'
+        and header['nimg'] == 4096
+    )
     assert header['versions']['torch'] == torch.__version__
 
 
@@ -84,7 +88,7 @@ def test_tensors_that_do_not_fit_the_config(saved):
     save_network(path, weights, info)
     with pytest.raises(UserError, match=r"'unet.out_conv.weight' is missing; .*'extra.weight' is unknown"):
         load_network(path)
-    save_network(path, net.state_dict(), replace(info, config=replace(info.config, model_channels=32)))
+    save_network(path, net.state_dict(), replaced(info, {'config.architecture.model_channels': 32}))
     with pytest.raises(UserError, match='has shape'):
         load_network(path)
 
@@ -92,9 +96,12 @@ def test_tensors_that_do_not_fit_the_config(saved):
 def test_unknown_field_in_a_config(saved):
     net, info, path = saved
     header = info.to_header()
-    header['config']['model_chanels'] = header['config'].pop('model_channels')
+    architecture = header['config']['architecture']
+    architecture['model_chanels'] = architecture.pop('model_channels')
     save_tensors(path, net.state_dict(), header)
-    with pytest.raises(UserError, match=r"did you mean model_channels.*missing field 'model_channels'"):
+    with pytest.raises(
+        UserError, match=r"did you mean architecture.model_channels.*missing field 'architecture.model_channels'"
+    ):
         load_network(path)
 
 

@@ -6,12 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dnnlib.configs import replaced
 from dnnlib.errors import UserError
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
+from networks.dropout import Dropout, seed_dropout
 from networks.edm2.branches import BRANCHES
 from networks.edm2.unet import CLIP_ACTIVATIONS, Block
-from training.methods.denoising import DenoisingLoss
+from tests.helpers import edm2_network
+from training.methods.denoising import DenoisingConfig, DenoisingLoss
 
 PIXELS = 2 * 3 * 16 * 16
 # The golden values come from another order of float32 operations: a few units in the last place after some
@@ -21,7 +24,7 @@ RTOL, ATOL = 2e-5, 1e-5
 
 def golden_net(name: str) -> Denoiser:
     """The golden net with every tensor filled as the golden file's `fill` says."""
-    net = Denoiser(NetworkConfig((16, 16), 3, 4, 32, (1, 2), 1, (8,), 16, block=name))
+    net = Denoiser(edm2_network((16, 16), 3, 4, 32, (1, 2), 1, (8,), 16, block=name))
     with torch.no_grad():
         for tensor_name, t in net.state_dict().items():
             h = sum(map(ord, tensor_name)) % 997
@@ -72,7 +75,7 @@ def test_golden_training(golden, name):
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01, betas=(0.9, 0.99), eps=1e-8)
     for j in range(3):
         noise = (math.sqrt(2) * torch.cos(1.3 * k + j)).float()
-        losses, _ = DenoisingLoss(net)(y, sigma, noise, labels)
+        _, losses, _ = DenoisingLoss(net, DenoisingConfig())(y, sigma, noise, labels)
         close(losses.mean() / x[0].numel(), expected['loss_mean_per_step'][j])
         optimizer.zero_grad()
         (losses.sum() / 2).backward()
@@ -121,7 +124,7 @@ def test_forced_normalization_in_training_only(tiny_config):
 
 
 def test_activations_are_clipped(tiny_config):
-    block = Block(16, 16, 32, tiny_config, 'dec').eval()
+    block = Block(16, 16, 32, tiny_config.architecture, 'dec').eval()
     for p in block.parameters():
         torch.nn.init.ones_(p)
     out = block(torch.full((1, 16, 4, 4), 1e6), torch.ones(1, 32))
@@ -137,7 +140,7 @@ def test_one_noise_level_for_all_images(tiny_config):
 @pytest.mark.parametrize('shape', [(16, 32), (24, 8)])
 @pytest.mark.parametrize('channels', [1, 3, 4])
 def test_height_and_width_may_differ(shape, channels):
-    config = NetworkConfig(shape, channels, 0, 16, (1, 2), 1, (4,), 16)
+    config = edm2_network(shape, channels, 0, 16, (1, 2), 1, (4,), 16)
     x = torch.ones(2, channels, *shape)
     assert Denoiser(config)(x, torch.ones(2)).shape == x.shape
 
@@ -145,7 +148,8 @@ def test_height_and_width_may_differ(shape, channels):
 def test_dropout_sits_behind_the_modulation(tiny_config, monkeypatch):
     """Right after the SiLU that follows the modulation, and with the configured share."""
     dropped = []
-    monkeypatch.setattr(torch.nn.functional, 'dropout', lambda y, p: dropped.append((tuple(y.shape), p)) or y)
+    monkeypatch.setattr(Dropout, 'forward', lambda self, y: dropped.append((tuple(y.shape), self.p)) or y)
+    tiny_config = tiny_config.architecture
     # In C the modulated features are six times as wide as the block; in G* as wide as it.
     for name, width in (('C', 96), ('G*', 16)):
         block = Block(16, 16, 32, replace(tiny_config, block=name, dropout=0.3), 'enc').train()
@@ -156,7 +160,7 @@ def test_dropout_sits_behind_the_modulation(tiny_config, monkeypatch):
         assert dropped == [((1, width, 4, 4), 0.3)]
     calls = []
     monkeypatch.setattr('networks.edm2.unet.mp_silu', lambda y: calls.append('silu') or y)
-    monkeypatch.setattr(torch.nn.functional, 'dropout', lambda y, p: calls.append('dropout') or y)
+    monkeypatch.setattr(Dropout, 'forward', lambda self, y: calls.append('dropout') or y)
     Block(16, 16, 32, replace(tiny_config, block='C', dropout=0.3), 'enc').train()(
         torch.ones(1, 16, 4, 4), torch.ones(1, 32)
     )
@@ -164,19 +168,41 @@ def test_dropout_sits_behind_the_modulation(tiny_config, monkeypatch):
 
 
 def test_dropout_acts_in_training_only(tiny_config):
-    net = Denoiser(replace(tiny_config, dropout=0.5))
+    net = Denoiser(replaced(tiny_config, {'architecture.dropout': 0.5}))
     torch.nn.init.ones_(net.unet.out_gain)
     x, sigma = torch.ones(1, 1, 8, 8), torch.ones(1)
-    net.train()
-    with torch.random.fork_rng():
-        assert not torch.equal(net(x, sigma), net(x, sigma))
+    outputs = []
+    for number in (0, 1):
+        seed_dropout(net, 0, [number])
+        outputs.append(net.train()(x, sigma))
+    assert not torch.equal(*outputs)
     net.eval()
-    assert torch.equal(net(x, sigma), net(x, sigma))
+    assert torch.equal(net(x, sigma), net(x, sigma)) and not torch.equal(net(x, sigma), outputs[0])
+
+
+def test_dropout_belongs_to_images():
+    layer, x = Dropout(0.25), torch.ones(3, 1000)
+    net = torch.nn.Sequential(layer, torch.nn.Sequential(Dropout(0.25)))
+    seed_dropout(net, 7, [10, 11, 12])
+    masks = layer(x)
+    assert masks.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert (masks == 0).float().mean() == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 3000) ** 0.5)
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks, net[1](x))
+    seed_dropout(net, 7, [12, 10])
+    assert torch.equal(layer(x[:2]), masks[[2, 0]]) and torch.equal(layer.eval()(x), x)
 
 
 def test_attention_follows_the_shorter_side():
-    config = NetworkConfig((24, 8), 1, 0, 16, (1, 2), 1, (8,), 16)
-    assert [config.has_attention(level) for level in (0, 1)] == [True, False]
+    config = edm2_network((24, 8), 1, 0, 16, (1, 2), 1, (8,), 16).architecture
+    assert [config.has_attention(*size) for size in ((24, 8), (12, 4))] == [True, False]
+
+
+def replaced_json(values: dict, field: str, value) -> dict:
+    """A config as plain values with one field changed, wherever it is."""
+    return {
+        name: value if name == field else replaced_json(v, field, value) if isinstance(v, dict) else v
+        for name, v in values.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -187,18 +213,18 @@ def test_attention_follows_the_shorter_side():
     ],
 )
 def test_values_of_the_wrong_type_are_named(field, value):
-    config = NetworkConfig((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16)
+    config = edm2_network((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16)
     with pytest.raises(UserError, match=f'{field} must be'):
-        NetworkConfig.from_json({**config.to_json(), field: value})
+        NetworkConfig.from_json(replaced_json(config.to_json(), field, value))
 
 
 def test_all_problems_of_a_config_are_told_at_once():
     with pytest.raises(UserError) as error:
-        NetworkConfig((16, 16), 3, 4, 32, dropout=1.5, block='G**').check()
+        edm2_network((16, 16), 3, 4, 32, dropout=1.5, block='G**').check()
     assert len(error.value.problems) == 2 and 'G*' in str(error.value)
     with pytest.raises(UserError, match='heads of 64 do not divide'):
-        NetworkConfig((16, 16), 3, 4, 40, (1, 2), attn_resolutions=()).check()
+        edm2_network((16, 16), 3, 4, 40, (1, 2), attn_resolutions=()).check()
     with pytest.raises(UserError, match='height divisible by 8, not 36'):
-        NetworkConfig((36, 64), 3, 4, 64).check()
+        edm2_network((36, 64), 3, 4, 64).check()
     with pytest.raises(UserError, match='unknown precision'):
-        Denoiser(NetworkConfig((8, 8), 1, 0, 64, (1, 2)), precision='fp61')
+        Denoiser(edm2_network((8, 8), 1, 0, 64, (1, 2)), precision='fp61')

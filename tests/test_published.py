@@ -28,17 +28,16 @@ from networks.published.edm2 import NAMES, describe_name, find_encoder, rebuild_
 from networks.published.models import BASE_URL, MODELS, models_table, resolve_model
 from tests import published_files as files
 from tests import test_pickles as hostile
-from tests.helpers import make_archive
+from tests.helpers import edm2_network, make_archive
 from tests.test_networks import close, golden_inputs, golden_net
 from torch_utils.pickled_tensors import TENSORS, Storage
 from torch_utils.pickles import read_pickle
-from training.config import from_preset
 from training.initial import check_initial, start_from
 from training.loop import train
-from training.presets.edm2 import PRESETS
+from training.presets.table import PRESETS, make_config
 from training.state import TrainState
 
-TINY = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16, block='A')
+TINY = edm2_network((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16, block='A')
 
 
 def tiny_net(seed: int = 0, config: NetworkConfig = TINY) -> Denoiser:
@@ -105,7 +104,7 @@ def test_other_protocols(tmp_path, protocol):
 
 
 def test_unconditional_networks(tmp_path):
-    config = NetworkConfig((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16, block='A')
+    config = edm2_network((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16, block='A')
     path = files.write_published(tmp_path / 'net.pkl', tiny_net(config=config))
     assert load_network(path)[1].config == config
 
@@ -283,7 +282,7 @@ def test_missing_unknown_and_misshapen_tensors_are_listed(tmp_path):
         ({'model_channels': 10**15}, 'not built'),
         ({'model_channels': '16'}, 'model_channels is something else'),
         ({'model_channels': 16.0}, 'model_channels must be a whole number'),
-        ({'sigma_data': float('nan')}, 'sigma_data must be a finite number'),
+        ({'sigma_data': float('nan')}, 'sigma_data must be a number, not nan'),
         ({'sigma_data': 10**300}, 'sigma_data must be between'),
         ({'sigma_data': 1e-300}, 'sigma_data must be between'),
         ({'sigma_data': -0.5}, 'sigma_data must be between'),
@@ -297,7 +296,7 @@ def test_arguments_that_make_another_network(tmp_path, arguments, match):
 
 def test_defaults_and_constants_of_the_constructor():
     given = {'img_resolution': 64, 'img_channels': 4, 'label_dim': 1000, 'model_channels': 128, 'use_fp16': True}
-    expected = NetworkConfig((64, 64), 4, 1000, 128, block='A')
+    expected = edm2_network((64, 64), 4, 1000, 128, block='A')
     constants = {'clip_act': 256, 'channel_mult': None, 'attn_balance': 0.3, 'resample_filter': [1, 1]}
     assert rebuild_config((), given) == rebuild_config(None, {**given, **constants}) == expected
     with pytest.raises(UserError, match=r'lacks the argument img_channels'):
@@ -399,7 +398,7 @@ def test_trees_that_no_module_makes(tmp_path, case):
     ],
 )
 def test_encoders(tmp_path, encoder, expected):
-    config = NetworkConfig((8, 8), 4, 10, 16, (1, 2), 1, (4,), 16, block='A')
+    config = edm2_network((8, 8), 4, 10, 16, (1, 2), 1, (4,), 16, block='A')
     content = files.content_of(tiny_net(config=config), encoder=encoder)
     if expected in ('rgb', 'stabilityvae'):
         assert read_info(files.write(tmp_path / 'net.pkl', content)).encoder == expected
@@ -692,14 +691,9 @@ def fine_tuning(tmp_path, init, classes: int = 10, **overrides):
     sizes = {'channels': 16, 'channel_mult': (1, 2), 'attn_resolutions': (4,), 'channels_per_head': 16}
     small = {**sizes, 'num_blocks': 1, 'batch': 1000, 'micro_batch': 1000, 'block': 'A', 'dropout': 0.0}
     times = dict.fromkeys(('duration', 'snapshot', 'checkpoint', 'status', 'preview'), 1000)
-    config = from_preset(
-        'edm2plus-digits',
-        data=str(tmp_path / f'data{classes}.zip'),
-        dataset=dataset.name,
-        fingerprint=dataset.fingerprint,
-        image_shape=dataset.image_shape,
-        label_dim=classes,
-        overrides={**small, **times, 'init': str(init), **overrides},
+    overrides = {**small, **times, 'init': str(init), **overrides}
+    config = make_config(
+        'edm2plus-digits', overrides, dataset, str(tmp_path / f'data{classes}.zip'), classes > 0
     ).check()
     check_initial(config.init, config.network)
     folder = tmp_path / f'run{classes}'
@@ -740,7 +734,7 @@ def test_fine_tuning_of_another_network_is_refused(tmp_path, run_script):
     data = make_archive(tmp_path / 'data.zip', 20, 10)
     done = run_script('train.py', '--preset=edm2plus-digits', f'--data={data}', '--outdir=run', f'--init={path}')
     assert done.returncode == 2 and 'Traceback' not in done.stderr
-    assert 'model_channels of the network is 16' in done.stderr and 'block of the network is A' in done.stderr
+    assert 'architecture.model_channels is' in done.stderr and 'architecture.block is G*, was A' in done.stderr
     assert not (tmp_path / 'run').exists()
 
 

@@ -8,16 +8,17 @@ import pytest
 import torch
 
 import reconstruct_phema
+from dnnlib.configs import replaced
 from dnnlib.errors import UserError
 from ema.half_life import HalfLifeEMA, halflife_beta
 from ema.power import combine, profile, solve, std_to_exp
 from ema.reconstruct import Plan, Wanted, find_snapshots
-from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
-from networks.files import NetworkInfo, is_constant, load_network, read_info, save_network
-from tests.helpers import state_tensors
+from networks.files import NetworkInfo, constant_names, load_network, read_info, save_network
+from tests.helpers import edm2_network, state_tensors
 
-CONFIG = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
+CONFIG = edm2_network((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
+CONSTANTS = constant_names(CONFIG)
 TIMES, STDS = [2048 * i for i in range(1, 13)], (0.05, 0.10)
 
 
@@ -28,7 +29,7 @@ def make_snapshots(folder, dtype=torch.float32, config=CONFIG):
     for i, nimg in enumerate(TIMES):
         for std in STDS:
             weights = Denoiser(config, seed=100 * i + int(100 * std)).state_dict()
-            weights = {name: t if is_constant(name) else t.to(dtype) for name, t in weights.items()}
+            weights = {name: t if name in CONSTANTS else t.to(dtype) for name, t in weights.items()}
             path = folder / f'network-snapshot-{nimg // 1000:07d}-{std:.3f}.safetensors'
             save_network(path, weights, NetworkInfo(config, nimg, std, 'preset', 'data'), dtype=None)
             saved[nimg, std] = weights
@@ -55,7 +56,7 @@ def test_results_are_the_formula(folder, saved):
         keys = [(nimg, std) for nimg in TIMES for std in STDS]
         solution = solve([k[0] for k in keys], [k[1] for k in keys], TIMES[-1], each.std)
         for name, t in weights.items():
-            if is_constant(name):
+            if name in CONSTANTS:
                 expected = saved[keys[-1]][name]
                 assert torch.equal(t, expected)
             else:
@@ -67,7 +68,7 @@ def test_results_are_the_formula(folder, saved):
 def test_stored_length_returns_the_snapshot(folder, saved):
     ((_, _, weights),) = Plan.make(find_snapshots(folder), lengths(0.05), TIMES[5]).reconstruct()
     for name, t in saved[TIMES[5], 0.05].items():
-        if is_constant(name):  # the test's snapshots differ in them, a run's do not
+        if name in CONSTANTS:  # the test's snapshots differ in them, a run's do not
             continue
         torch.testing.assert_close(weights[name], t, rtol=0, atol=1e-6)
 
@@ -89,7 +90,7 @@ def test_sixteen_bits_are_added_up_in_float32(tmp_path):
     ((_, _, weights),) = plan.reconstruct()
     keys = list(saved)
     for name, t in weights.items():
-        if not is_constant(name):
+        if name not in CONSTANTS:
             expected = combine([saved[key][name] for key in keys], plan.combinations[0.03].coefficients)
             torch.testing.assert_close(t.double(), expected, rtol=0, atol=1e-5)
 
@@ -163,7 +164,7 @@ def test_times(folder, saved):
 def test_bad_folders(folder, saved, tmp_path):
     mixed = tmp_path / 'mixed'
     make_snapshots(mixed)
-    other = replace(CONFIG, model_channels=32)
+    other = replaced(CONFIG, {'architecture.model_channels': 32})
     path = mixed / 'network-snapshot-0000099-0.050.safetensors'
     save_network(path, Denoiser(other).state_dict(), NetworkInfo(other, 99000, 0.05, 'p'))
     with pytest.raises(UserError, match='is of another network than'):
@@ -219,13 +220,13 @@ def test_mixed_precisions(folder, saved, tmp_path):
     mixed = {}
     for i, ((nimg, std), weights) in enumerate(saved.items()):
         dtype = (torch.float32, torch.float16, torch.bfloat16)[i % 3]
-        mixed[nimg, std] = {n: t if is_constant(n) else t.to(dtype) for n, t in weights.items()}
+        mixed[nimg, std] = {n: t if n in CONSTANTS else t.to(dtype) for n, t in weights.items()}
         info = NetworkInfo(CONFIG, nimg, std, 'preset', 'data')
         save_network(tmp_path / f'network-snapshot-{i}.safetensors', mixed[nimg, std], info, dtype=None)
     plan = Plan.make(find_snapshots(tmp_path), lengths(0.15))
     ((_, _, weights),) = plan.reconstruct()
     for name, t in weights.items():
-        if not is_constant(name):
+        if name not in CONSTANTS:
             expected = combine([each[name] for each in mixed.values()], plan.combinations[0.15].coefficients).float()
             torch.testing.assert_close(t, expected, rtol=1e-6, atol=1e-6)
 
@@ -273,7 +274,7 @@ def test_half_life():
 
 
 def test_traditional_average_of_a_run(config, run):
-    config = replace(config, ema_halflife=512, ema_rampup=0.0, snapshot_precision='fp32')
+    config = replaced(config, {'ema.halflife': 512, 'ema.rampup': 0.0, 'snapshot_precision': 'fp32'})
     whole = run('halflife', config)
     run('halves', replace(config, slice=1024))
     halves = run('halves', config)

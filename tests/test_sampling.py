@@ -8,18 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from diffusion.schedules import edm_sigmas
+from diffusion.schedules import EDM, edm_sigmas
 from dnnlib.errors import UserError
-from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import decode_pixels
 from networks.files import NetworkInfo, save_network
 from sampling import pipeline
+from sampling.config import SamplerConfig
 from sampling.guidance import guide
-from sampling.pipeline import SamplerConfig, count_evaluations, generate, sample, trajectory
+from sampling.pipeline import count_evaluations, generate, sample, trajectory
 from sampling.portions import portion_size
-from sampling.samplers import SAMPLERS, Churn, dpmpp_2m, heun
+from sampling.samplers import SAMPLERS, DPMpp2M, Euler, Heun
 from tests.conftest import ROOT
+from tests.helpers import edm2_network
 
 ONE = torch.ones(1, 1, 1, 1, dtype=torch.float64)
 
@@ -32,21 +33,21 @@ def gaussian(variance: float):
 def test_golden_values(golden):
     for case in golden['sampler']:
         spacing = {name: case[name] for name in ('sigma_min', 'sigma_max', 'rho') if name in case}
-        churn = Churn(**{name: value for name, value in case.items() if name.startswith('S_')})
+        churn = Heun(**{name: value for name, value in case.items() if name.startswith('S_')})
         sigmas = edm_sigmas(case['num_steps'], **spacing)
         denoise = guide(gaussian(0.25), gaussian(0.36), case.get('guidance', 1))
-        x = heun(denoise, ONE * sigmas[0], sigmas, torch.ones_like, churn)
+        x = churn(denoise, ONE * sigmas[0], sigmas, torch.ones_like)
         assert x.item() == pytest.approx(case['x'], rel=1e-12), case
 
 
 def test_published_churn_values():
     for churn, expected in (
-        (Churn(40, 0.05, 50, 1.003), 1.6933846062),
-        (Churn(30, 0.01, 1, 1.007), 1.1013733986),
-        (Churn(4), 1.9151586171),
+        (Heun(40, 0.05, 50, 1.003), 1.6933846062),
+        (Heun(30, 0.01, 1, 1.007), 1.1013733986),
+        (Heun(4), 1.9151586171),
     ):
         sigmas = edm_sigmas(18)
-        x = heun(gaussian(0.25), ONE * sigmas[0], sigmas, torch.ones_like, churn)
+        x = churn(gaussian(0.25), ONE * sigmas[0], sigmas, torch.ones_like)
         assert x.item() == pytest.approx(expected, abs=1e-9)
 
 
@@ -58,7 +59,7 @@ def test_order_of_convergence(name):
     errors = []
     for steps in (160, 320, 640):
         sigmas = edm_sigmas(steps + 1, 0.1, 10)[:-1]
-        errors.append(abs(SAMPLERS[name].solve(gaussian(0.25), ONE, sigmas).item() - exact))
+        errors.append(abs(SAMPLERS[name]()(gaussian(0.25), ONE, sigmas).item() - exact))
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert slopes == pytest.approx([SAMPLERS[name].order] * 2, abs=0.1)
     assert SAMPLERS[name].order == {'heun': 2, 'euler': 1, 'dpm++2m': 2}[name]
@@ -67,14 +68,14 @@ def test_order_of_convergence(name):
 
 @pytest.mark.parametrize('name', SAMPLERS)
 def test_one_step_is_the_denoised_image(name):
-    x = SAMPLERS[name].solve(gaussian(0.25), ONE * 80, edm_sigmas(1))
+    x = SAMPLERS[name]()(gaussian(0.25), ONE * 80, edm_sigmas(1))
     assert x.item() == pytest.approx(80 * 0.25 / (80**2 + 0.25))
 
 
 def test_multistep_takes_the_denoised_image_in_the_middle_of_a_step():
     # A denoiser that says lambda = -ln sigma, whatever x: the line through two of its values is exact.
     sigmas = torch.tensor([9.0, 2.0, 0.5], dtype=torch.float64)
-    x = dpmpp_2m(lambda x, sigma: -torch.log(sigma) * torch.ones_like(x), 3 * ONE, sigmas).item()
+    x = DPMpp2M()(lambda x, sigma: -torch.log(sigma) * torch.ones_like(x), 3 * ONE, sigmas).item()
     first = 2 / 9 * 3 + (1 - 2 / 9) * -math.log(9)  # no previous value: constant
     middle = (-math.log(2) - math.log(0.5)) / 2
     assert x == pytest.approx(0.5 / 2 * first + (1 - 0.5 / 2) * middle, rel=1e-12)
@@ -83,7 +84,7 @@ def test_multistep_takes_the_denoised_image_in_the_middle_of_a_step():
 def test_euler_with_churn():
     # One step of EDM's algorithm 2 by hand, without its correction: raise sigma by gamma, then step.
     sigmas = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
-    x = SAMPLERS['euler'].solve(gaussian(0.25), ONE, sigmas, torch.ones_like, Churn(0.4, 1.5, 3, 1.1)).item()
+    x = Euler(0.4, 1.5, 3, 1.1)(gaussian(0.25), ONE, sigmas, torch.ones_like).item()
     hat = 2 * 1.2
     raised = 1 + math.sqrt(hat**2 - 4) * 1.1
     first = raised + (1 - hat) * (raised - raised * 0.25 / (hat**2 + 0.25)) / hat
@@ -99,10 +100,10 @@ def test_noise_is_drawn_at_every_step(name):
         draws.append(1)
         return torch.zeros_like(x)
 
-    solve = SAMPLERS[name].solve
-    quiet = solve(gaussian(0.25), ONE, edm_sigmas(6), noise, Churn(10, S_min=100))
+    solve = SAMPLERS[name]()
+    quiet = SAMPLERS[name](10, S_min=100)(gaussian(0.25), ONE, edm_sigmas(6), noise)
     assert len(draws) == 6 and torch.equal(quiet, solve(gaussian(0.25), ONE, edm_sigmas(6)))
-    solve(gaussian(0.25), ONE, edm_sigmas(6), noise, Churn(0))
+    solve(gaussian(0.25), ONE, edm_sigmas(6), noise)
     assert len(draws) == 6
 
 
@@ -121,14 +122,14 @@ class Counted:
 @pytest.mark.parametrize('steps', [1, 2, 7, 32])
 def test_evaluations(name, steps):
     main, weaker = Counted(), Counted()
-    solve, expected = SAMPLERS[name].solve, SAMPLERS[name].evaluations(steps)
+    solve, expected = SAMPLERS[name](), SAMPLERS[name]().evaluations(steps)
     solve(guide(main, weaker, 1), ONE, edm_sigmas(steps))
     assert (len(main.levels), len(weaker.levels)) == (expected, 0)
     solve(guide(main, weaker, 2), ONE, edm_sigmas(steps))
     assert (len(main.levels), len(weaker.levels)) == (2 * expected, expected)
     assert expected == (2 * steps - 1 if name == 'heun' else steps)
-    assert count_evaluations(SamplerConfig(steps, name=name)) == (expected, 0)
-    assert count_evaluations(SamplerConfig(steps, name=name, guidance=0.5)) == (expected, expected)
+    assert count_evaluations(SamplerConfig(steps, SAMPLERS[name]())) == (expected, 0)
+    assert count_evaluations(SamplerConfig(steps, SAMPLERS[name](), guidance=0.5)) == (expected, expected)
 
 
 @pytest.mark.parametrize(
@@ -138,19 +139,19 @@ def test_evaluations(name, steps):
 def test_published_intervals_are_these_steps(name, interval, first, last):
     # The paper gives the interval and the steps of 32; the correction of Heun's method follows its step.
     main, weaker = Counted(), Counted()
-    SAMPLERS[name].solve(guide(main, weaker, 2, interval), ONE, edm_sigmas(32))
+    SAMPLERS[name]()(guide(main, weaker, 2, interval), ONE, edm_sigmas(32))
     sigmas = edm_sigmas(32).tolist()
     expected = []
     for i in range(first, last + 1):
         expected += [sigmas[i], sigmas[i + 1]] if name == 'heun' and i < 31 else [sigmas[i]]
     assert weaker.levels == expected
-    config = SamplerConfig(name=name, guidance=2, guidance_interval=interval)
+    config = SamplerConfig(sampler=SAMPLERS[name](), guidance=2, guidance_interval=interval)
     assert count_evaluations(config) == (len(main.levels), len(weaker.levels))
 
 
 @pytest.mark.parametrize('name', SAMPLERS)
 def test_interval_of_nothing_and_of_all(name):
-    sigmas, solve = edm_sigmas(8), SAMPLERS[name].solve
+    sigmas, solve = edm_sigmas(8), SAMPLERS[name]()
     plain, full = (
         solve(guide(gaussian(0.25), gaussian(0.36), w), 80 * ONE, sigmas) for w in (1, 2)
     )  # fmt: skip
@@ -177,7 +178,7 @@ def test_classes_of_a_mixture():
     z = torch.randn(4000, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sigmas = edm_sigmas(128)
     plain, guided, apart = (
-        heun(guide(mixture([1]), mixture([0, 1]), w, interval), 80 * z, sigmas).flatten()
+        Heun()(guide(mixture([1]), mixture([0, 1]), w, interval), 80 * z, sigmas).flatten()
         for w, interval in ((1, (0, math.inf)), (3, (0, math.inf)), (3, (0, 0.05)))
     )
     # Without guidance a sample is the known map of its latent: N(1, 0.3^2).
@@ -231,17 +232,17 @@ def images_of(net, seeds, **options):
 def test_an_image_depends_on_its_seed_alone_to_the_bit(net, case):
     options = {}
     if case == 'churn':
-        options['sampler'] = {'churn': Churn(S_churn=4)}
+        options['sampler'] = {'sampler': Heun(S_churn=4)}
     elif case == 'guidance':
         options = {'sampler': {'guidance': 2.0}, 'guiding_net': net}
     elif case == 'multistep':
-        options['sampler'] = {'name': 'dpm++2m'}
+        options['sampler'] = {'sampler': DPMpp2M()}
     elif case == 'larger':
-        net = busy(NetworkConfig((32, 32), 3, 10, 32, (1, 2), 1, (16,), 32, block='A'))
+        net = busy(edm2_network((32, 32), 3, 10, 32, (1, 2), 1, (16,), 32, block='A'))
         options['sampler'] = {'steps': 1}
         assert 1 < portion_size(net.config) < 16
     elif case == 'odd sizes':
-        net = busy(NetworkConfig((6, 10), 1, 10, 20, (1, 2), 1, (3,), 4))
+        net = busy(edm2_network((6, 10), 1, 10, 20, (1, 2), 1, (3,), 4))
     together = images_of(net, range(8), batch_size=8, **options)
     assert not torch.equal(together[0], together[1])
     for size in (1, 2, 3, 5):
@@ -261,13 +262,13 @@ def test_an_image_depends_on_its_seed_alone_to_the_bit(net, case):
 
 def test_portions_grow_as_networks_shrink():
     def size(side, channels):
-        return portion_size(NetworkConfig((side, side), 3, 0, channels))
+        return portion_size(edm2_network((side, side), 3, 0, channels))
 
     assert [size(8, 64), size(32, 64), size(64, 64), size(64, 192), size(512, 64)] == [16, 4, 1, 1, 1]
 
 
 def test_noise_does_not_depend_on_whether_the_class_was_given(net):
-    churn = {'sampler': {'churn': Churn(S_churn=4)}}
+    churn = {'sampler': {'sampler': Heun(S_churn=4)}}
     (drawn,) = sample(net, [5], SamplerConfig(steps=3, **churn['sampler']))
     given = images_of(net, [5], classes=drawn.labels.tolist(), **churn)
     assert torch.equal(drawn.x[0], given[5])
@@ -304,19 +305,19 @@ def test_classes_of_many_seeds_need_few_latents(monkeypatch, tiny_config):
 
 def test_defaults_are_edm2s():
     config = SamplerConfig()
-    assert (config.steps, config.sigma_min, config.sigma_max, config.rho, config.guidance) == (32, 0.002, 80, 7, 1)
-    assert config.churn == Churn(0, 0, math.inf, 1)
+    assert (config.steps, config.disc, config.guidance) == (32, EDM(0.002, 80, 7), 1)
+    assert config.sampler == Heun(0, 0, math.inf, 1)
 
 
 def test_churn_bounds_are_inclusive():
-    churn = Churn(S_churn=1, S_min=0.5, S_max=2)
+    churn = Heun(S_churn=1, S_min=0.5, S_max=2)
     assert [churn.gamma(sigma, 10) > 0 for sigma in (0.49, 0.5, 1, 2, 2.01)] == [False, True, True, True, False]
-    assert Churn(S_churn=100).gamma(1, 10) == pytest.approx(math.sqrt(2) - 1)
+    assert Heun(S_churn=100).gamma(1, 10) == pytest.approx(math.sqrt(2) - 1)
 
 
 def test_pipeline_solves_from_its_own_latents(net):
     """An image by hand: latent of the seed times sigma_max, guided by a network without classes."""
-    unconditional = Denoiser(NetworkConfig((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16), seed=9).eval()
+    unconditional = Denoiser(edm2_network((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16), seed=9).eval()
     torch.nn.init.ones_(unconditional.unet.out_gain)
     config = SamplerConfig(steps=3, guidance=1.7)
     (batch,) = generate(net, [11], config, unconditional, classes=[4])
@@ -327,7 +328,7 @@ def test_pipeline_solves_from_its_own_latents(net):
         return 1.7 * net(x, sigma, label) - 0.7 * unconditional(x, sigma)
 
     with torch.no_grad():
-        x = heun(denoise, latent * 80, edm_sigmas(3))
+        x = Heun()(denoise, latent * 80, edm_sigmas(3))
     assert (decode_pixels(x).int() - batch.images.int()).abs().max() <= 1
 
 
@@ -366,30 +367,27 @@ def test_overflow_is_reported(net):
 
 
 def test_what_does_not_fit_is_refused(net):
-    unconditional = Denoiser(NetworkConfig((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16)).eval()
+    unconditional = Denoiser(edm2_network((8, 8), 1, 0, 16, (1, 2), 1, (4,), 16)).eval()
     assert next(iter(generate(unconditional, [0], SamplerConfig(steps=1)))).labels is None
     for arguments, message in (
         ({'classes': [3, 10]}, 'between 0 and 9, not 10'),
         ({'classes': [3, -1]}, 'between 0 and 9, not -1'),
-        ({'guiding_net': Denoiser(NetworkConfig((16, 16), 1, 3, 16, (1, 2), 1, (4,), 16))}, 'shape.*; .*3 classes'),
+        ({'guiding_net': Denoiser(edm2_network((16, 16), 1, 3, 16, (1, 2), 1, (4,), 16))}, 'shape.*; .*3 classes'),
     ):
         with pytest.raises(UserError, match=message):
             next(generate(net, [0], SamplerConfig(), **arguments))
     with pytest.raises(UserError, match='needs a guiding network'):
         next(generate(net, [0], SamplerConfig(guidance=3)))
     with pytest.raises(UserError, match='rho must be a finite number, not nan'):
-        SamplerConfig(rho=math.nan).check()
+        SamplerConfig(disc=EDM(rho=math.nan)).check()
     with pytest.raises(UserError, match='takes no class'):
         next(generate(unconditional, [0], SamplerConfig(), classes=[1]))
     with pytest.raises(UserError, match=r'steps .*; .*sigma_min'):
-        SamplerConfig(steps=0, sigma_min=2, sigma_max=1).check()
+        SamplerConfig(steps=0, disc=EDM(2, 1)).check()
     for wrong, message in (
-        ({'name': 'heum'}, "unknown sampler 'heum'; did you mean heun"),
-        ({'name': 'dpm++2m', 'churn': Churn(1)}, 'dpm..2m takes no churn; heun and euler do'),
-        ({'churn': Churn(-1, 3, 2)}, 'S_churn must be at least 0, not -1; S_min <= S_max'),
-        ({'churn': Churn(1, S_noise=math.nan)}, 'S_noise must be'),
+        ({'sampler': Heun(-1, 3, 2)}, 'S_churn must be at least 0, not -1; S_min <= S_max'),
+        ({'sampler': Heun(1, S_noise=math.nan)}, 'S_noise must be'),
         ({'guidance_interval': (2.0, 1.0)}, 'LO < HI, not 2,1'),
-        ({'guidance_interval': (1.0,)}, 'LO < HI, not 1'),
         ({'guidance_interval': (math.nan, 1.0)}, 'LO < HI, not nan,1'),
     ):
         with pytest.raises(UserError, match=message):
@@ -401,7 +399,7 @@ def test_what_does_not_fit_is_refused(net):
 def test_example_of_the_documentation(tmp_path):
     """The Python of docs/sampling.md, with small networks in the place of the demo's."""
     (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'docs/sampling.md').read_text(), re.DOTALL)
-    config = NetworkConfig((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
+    config = edm2_network((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
     for i, name in enumerate(re.findall(r"load_network\('(.*?)'\)", code)):
         path = tmp_path / f'{i}.safetensors'
         save_network(path, Denoiser(config, seed=i).state_dict(), NetworkInfo(config, 1000, 0.1, 'edm2plus-digits'))

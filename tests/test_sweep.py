@@ -9,11 +9,11 @@ import torch
 from dataset.reader import ImageDataset
 from diffusion.levels import LogNormal
 from evaluation.sweep import read_rows
-from networks.config import NetworkConfig
-from tests.helpers import make_archive
+from tests.helpers import edm2_network, make_archive
 from training.config import TrainConfig
 from training.loop import train
-from training.optimizer import LearningRate
+from training.methods.denoising import DenoisingConfig
+from training.optimizer import Optimizer
 
 pytest.importorskip('matplotlib')
 
@@ -24,10 +24,11 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp('sweep')
     archive = make_archive(folder / 'tiny.zip', count=40, classes=10)
     data = ImageDataset(archive)
-    network = NetworkConfig((8, 8), 1, 10, 16, (1,), 1, (4,), 16)
+    network = edm2_network((8, 8), 1, 10, 16, (1,), 1, (4,), 16)
     config = TrainConfig(
-        'edm2plus-digits', str(archive), data.name, data.fingerprint, network, LogNormal(-0.8, 1.6),
-        LearningRate(0.01, 100, 1024), duration=4096, batch=256, snapshot=1024, checkpoint=4096, status=1024,
+        network, Optimizer(0.01, 100, 1024), preset='edm2plus-digits', data=str(archive), dataset=data.name,
+        fingerprint=data.fingerprint, method=DenoisingConfig(LogNormal(-0.8, 1.6)), duration=4096,
+        batch=256, snapshot=1024, checkpoint=4096, status=1024,
         preview=4096,
     )  # fmt: skip
     (folder / 'run').mkdir()
@@ -71,7 +72,7 @@ def test_sweep(place, run_script, tmp_path):
     assert rows[-1]['metrics']['fd_pixels']['value'] == pytest.approx(value, rel=1e-6)
 
     process = run_script(*command[:-1], '--outstd=0.05', '--sampler=euler')
-    assert process.returncode == 2 and 'holds another sweep; sampler.name is euler, was heun' in process.stderr
+    assert process.returncode == 2 and 'holds another sweep; sampler.sampler.name is euler, was heun' in process.stderr
 
 
 @pytest.mark.parametrize(

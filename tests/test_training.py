@@ -10,6 +10,7 @@ import torch
 
 from dataset.reader import ImageDataset
 from diffusion.levels import LogNormal
+from dnnlib.configs import from_json, replaced
 from dnnlib.errors import UserError
 from ema.power import std_to_exp
 from networks.denoiser import Denoiser
@@ -17,22 +18,21 @@ from networks.encoders import decode_pixels, encode_pixels
 from networks.files import load_network
 from tests.helpers import state_tensors
 from torch_utils.tensor_files import TensorFile, save_tensors
-from training.config import from_preset, refuse_differences
+from training.config import Averages, TrainConfig, refuse_differences
 from training.inputs import training_draws
 from training.loop import train
-from training.methods.denoising import DenoisingLoss
+from training.methods.denoising import DenoisingConfig, DenoisingLoss
 from training.monitor.log import read_stats
-from training.optimizer import LearningRate
+from training.optimizer import Optimizer, clean_gradients
 from training.order import BatchOrder
-from training.presets.edm2 import PRESETS, get_preset
+from training.presets.table import PRESETS, get_preset
 from training.state import TrainState, state_files
-from training.step import clean_gradients
 
 CPU = torch.device('cpu')
 
 
 def test_learning_rate_golden(golden):
-    schedule = LearningRate(0.01, 70000, 10_000_000)
+    schedule = Optimizer(0.01, 70000, 10_000_000)
     for case in golden['lr']:
         assert schedule.at(case['cur_nimg'], case['batch']) == pytest.approx(case['lr'], rel=1e-12)
 
@@ -41,7 +41,7 @@ def test_loss_by_hand(tiny_config):
     net = Denoiser(tiny_config, seed=0).eval()  # D = c_skip x
     y, noise = torch.full((2, 1, 8, 8), 0.3), torch.full((2, 1, 8, 8), -1.0)
     sigma = torch.tensor([0.5, 2.0])
-    losses, errors = DenoisingLoss(net)(y, sigma, noise, None)
+    _, losses, errors = DenoisingLoss(net, DenoisingConfig())(y, sigma, noise, None)
     for i, s in enumerate((0.5, 2.0)):
         D = 0.25 / (s**2 + 0.25) * (0.3 - s)
         error = 64 * (s**2 + 0.25) / (s * 0.5) ** 2 * (D - 0.3) ** 2
@@ -53,11 +53,11 @@ def test_loss_by_hand(tiny_config):
 def test_uncertainty_is_best_at_the_log_of_the_error(tiny_config):
     net = Denoiser(tiny_config, seed=0).eval()
     y, noise, sigma = torch.zeros(1, 1, 8, 8), torch.full((1, 1, 8, 8), 0.7), torch.tensor([0.5])
-    _, error = DenoisingLoss(net)(y, sigma, noise, None)
+    _, _, error = DenoisingLoss(net, DenoisingConfig())(y, sigma, noise, None)
     best = (error / 64).log()
     net.logvar = lambda sigma: u  # a free variable in its place
     u = best.detach().clone().requires_grad_()
-    DenoisingLoss(net)(y, sigma, noise, None)[0].sum().backward()
+    DenoisingLoss(net, DenoisingConfig())(y, sigma, noise, None)[1].sum().backward()
     assert abs(u.grad.item()) < 1e-3 * 64
 
 
@@ -92,7 +92,7 @@ def test_non_finite_gradients_become_zero_and_are_counted(tiny_config):
         p.grad = torch.zeros_like(p)
     grad = net.unet.out_conv.weight.grad.view(-1)
     grad[:4] = torch.tensor([math.nan, math.inf, -math.inf, 3.0])
-    counts, norm = clean_gradients(net)
+    counts, norm = clean_gradients(list(net.parameters()))
     by_name = dict(zip([name for name, _ in net.named_parameters()], counts.tolist(), strict=True))
     assert by_name.pop('unet.out_conv.weight') == 3 and not any(by_name.values())
     assert norm == 3 and grad[:4].tolist() == [0, 0, 0, 3]
@@ -125,9 +125,11 @@ def test_steps_by_hand(config, run):
         snapshot=1536,
         status=512,
         preview=1536,
-        learning_rate=LearningRate(0.01, 2, 1024),
+        optimizer=Optimizer(0.01, 2, 1024),
     )
-    config = replace(config, network=replace(config.network, dropout=0.0), ema_stds=(0.05, 0.25))
+    config = replace(
+        config, network=replaced(config.network, {'architecture.dropout': 0.0}), ema=Averages((0.05, 0.25))
+    )
     got, records = state_tensors(run('hand', config)), read_stats(run('hand', config))
 
     dataset = ImageDataset(config.data)
@@ -140,9 +142,11 @@ def test_steps_by_hand(config, run):
         images, labels = zip(*(dataset[index] for _, index in pairs), strict=True)
         y = encode_pixels(torch.stack(images))
         one_hot = torch.eye(10)[torch.tensor(labels)]
-        sigma, noise = training_draws(config.seed, [number for number, _ in pairs], (1, 8, 8), config.levels, CPU)
+        sigma, noise = training_draws(
+            config.seed, [number for number, _ in pairs], (1, 8, 8), config.method.levels, CPU
+        )
         net.zero_grad()
-        loss = DenoisingLoss(net)(y, sigma, noise, one_hot)[0].sum() / 512
+        loss = DenoisingLoss(net, DenoisingConfig())(y, sigma, noise, one_hot)[1].sum() / 512
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in parameters.values()]).norm()
         assert records[step]['grad_norm'] == pytest.approx(norm.item(), rel=1e-4)
@@ -161,7 +165,7 @@ def test_steps_by_hand(config, run):
     for name, p in parameters.items():
         torch.testing.assert_close(got[f'net/{name}'], p.detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got[f'ema/0.25/{name}'], average[name], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(got[f'optimizer/exp_avg_sq/{name}'], second[name], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(got[f'optimizer/net/{name}/exp_avg_sq'], second[name], rtol=1e-3, atol=1e-6)
 
 
 def test_previews_show_the_shortest_average(config, tmp_path):
@@ -206,8 +210,8 @@ def test_states_that_lack_something_are_passed_over(config, run, capsys):
     lacking = {
         'nimg': ({k: v for k, v in header.items() if k != 'nimg'}, tensors),
         'ema/0.1/unet.out_gain': (header, {k: v for k, v in tensors.items() if k != 'ema/0.1/unet.out_gain'}),
-        'optimizer/exp_avg/unet.out_conv.weight': (
-            header, tensors | {'optimizer/exp_avg/unet.out_conv.weight': torch.zeros(3)}
+        'optimizer/net/unet.out_conv.weight/exp_avg': (
+            header, tensors | {'optimizer/net/unet.out_conv.weight/exp_avg': torch.zeros(3)}
         ),
         'stats/sums': (header, {k: v for k, v in tensors.items() if k != 'stats/sums'}),
     }  # fmt: skip
@@ -241,7 +245,12 @@ def test_another_config_is_refused_before_the_first_state(config, run):
 def test_accumulation_is_exact(config, run):
     """One step: gradients (a tenth of which is Adam's first moment) are equal to rounding, and so is the update."""
     config = replace(
-        config, duration=1024, batch=1024, status=1024, preview=1024, network=replace(config.network, dropout=0.0)
+        config,
+        duration=1024,
+        batch=1024,
+        status=1024,
+        preview=1024,
+        network=replaced(config.network, {'architecture.dropout': 0.0}),
     )
     whole = state_tensors(run('one', config))
     parts = state_tensors(run('four', replace(config, micro_batch=256)))
@@ -249,7 +258,7 @@ def test_accumulation_is_exact(config, run):
 
 
 def assert_same_gradients(a: dict, b: dict) -> None:
-    names = [name for name in a if name.startswith('optimizer/exp_avg/')]
+    names = [name for name in a if name.startswith('optimizer/') and name.endswith('/exp_avg')]
     largest = max(a[name].abs().max() for name in names)
     assert largest > 1e-3
     for name in names:
@@ -257,13 +266,15 @@ def assert_same_gradients(a: dict, b: dict) -> None:
 
 
 def test_loss_scaling_cancels(config, run):
-    config = replace(config, duration=1024, preview=1024, network=replace(config.network, dropout=0.0))
+    config = replace(
+        config, duration=1024, preview=1024, network=replaced(config.network, {'architecture.dropout': 0.0})
+    )
     one, scaled = (run(name, replace(config, loss_scaling=s)) for name, s in (('one', 1.0), ('scaled', 64.0)))
     for a, b in zip(read_stats(one), read_stats(scaled), strict=True):
         assert b['loss'] == pytest.approx(a['loss'], rel=1e-4)
         assert b['grad_norm'] == pytest.approx(a['grad_norm'], rel=1e-3)
     a, b = state_tensors(one), state_tensors(scaled)
-    name = 'optimizer/exp_avg/unet.out_conv.weight'
+    name = 'optimizer/net/unet.out_conv.weight/exp_avg'
     torch.testing.assert_close(b[name] / 64, a[name], rtol=1e-2, atol=1e-4)
 
 
@@ -281,10 +292,10 @@ def test_files_of_a_run(config, run):
 
 def test_another_config_is_refused(config, run):
     run('other', replace(config, duration=1024))
-    changed = replace(config, seed=1, learning_rate=replace(config.learning_rate, ref=0.02))
+    changed = replaced(config, {'seed': 1, 'optimizer.lr': 0.02})
     with pytest.raises(UserError) as error:
         run('other', changed)
-    assert error.value.problems[1:] == ['learning_rate.ref is 0.02, was 0.01', 'seed is 1, was 0']
+    assert error.value.problems[1:] == ['optimizer.lr is 0.02, was 0.01', 'seed is 1, was 0']
 
 
 def test_what_a_continued_run_may_change(config):
@@ -313,8 +324,8 @@ def test_configs_from_before_a_field_are_understood(config):
 
 def test_loss_falls(config, run):
     config = replace(
-        config, batch=64, duration=80 * 64, learning_rate=LearningRate(0.02, 100, 640), status=640, snapshot=5120,
-        checkpoint=5120, preview=5120, network=replace(config.network, dropout=0.0),
+        config, batch=64, duration=80 * 64, optimizer=Optimizer(0.02, 100, 640), status=640, snapshot=5120,
+        checkpoint=5120, preview=5120, network=replaced(config.network, {'architecture.dropout': 0.0}),
     )  # fmt: skip
     records = read_stats(run('falls', config))
     assert records[-1]['mse'] < 0.75 * records[0]['mse'] and records[-1]['loss'] < 0.75 * records[0]['loss']
@@ -324,7 +335,7 @@ def test_state_round_trip(config, tmp_path):
     state = TrainState(config, CPU)
     for p in state.net.parameters():
         p.grad = torch.ones_like(p)
-    state.optimizer.step()
+    state.method.optimizers['net'].step()
     state.nimg = 512 * 5
     state.saving(tmp_path)()
     other = TrainState(replace(config, seed=0), CPU)
@@ -333,7 +344,9 @@ def test_state_round_trip(config, tmp_path):
     for a, b in zip(state.net.parameters(), other.net.parameters(), strict=True):
         assert torch.equal(a, b)
         for key in ('exp_avg', 'exp_avg_sq', 'step'):
-            assert torch.equal(state.optimizer.state[a][key], other.optimizer.state[b][key])
+            assert torch.equal(
+                state.method.optimizers['net'].state[a][key], other.method.optimizers['net'].state[b][key]
+            )
 
 
 @pytest.mark.parametrize(('keep', 'expected'), [(2, [3, 10]), (1, [10]), (0, [1, 2, 3, 10])])
@@ -341,7 +354,7 @@ def test_newest_states_are_kept(config, tmp_path, keep, expected):
     state = TrainState(replace(config, keep=keep), CPU)
     for p in state.net.parameters():
         p.grad = torch.ones_like(p)
-    state.optimizer.step()
+    state.method.optimizers['net'].step()
     for nimg in (1024, 2048, 3072, 10240):
         state.nimg = nimg
         state.saving(tmp_path)()
@@ -352,12 +365,12 @@ def test_a_state_is_copied_before_training_goes_on(config, tmp_path):
     state = TrainState(config, CPU)
     for p in state.net.parameters():
         p.grad = torch.ones_like(p)
-    state.optimizer.step()
+    state.method.optimizers['net'].step()
     state.nimg = 1024
     before = {name: t.clone() for name, t in state.net.state_dict().items()}
     jobs = [state.saving(tmp_path), state.saving_snapshots(tmp_path)]
-    state.optimizer.param_groups[0]['lr'] = 0.1
-    state.optimizer.step()
+    state.method.optimizers['net'].param_groups[0]['lr'] = 0.1
+    state.method.optimizers['net'].step()
     assert not torch.equal(before['unet.out_gain'], state.net.state_dict()['unet.out_gain'])
     state.nimg = 2048
     state.ema.update(state.net.state_dict(), 2048, 1024)
@@ -372,7 +385,7 @@ def test_a_state_is_copied_before_training_goes_on(config, tmp_path):
 
 def test_all_problems_of_a_config_are_told_at_once(config):
     with pytest.raises(UserError) as error:
-        replace(config, duration=1000, ema_stds=(0.3,), precision='fp64', seed=-1).check()
+        replace(config, duration=1000, ema=Averages((0.3,)), precision='fp64', seed=-1).check()
     text = '\n'.join(error.value.problems)
     assert len(error.value.problems) == 4
     assert 'duration must be a multiple of the batch (256 images), not 1000 (try 768 or 1024)' in text
@@ -394,11 +407,9 @@ def test_all_problems_of_a_config_are_told_at_once(config):
 @pytest.mark.parametrize('name', PRESETS)
 def test_presets_can_be_built(name):
     preset = get_preset(name)
-    shape = (preset.img_channels, preset.resolution, preset.resolution)
-    config = from_preset(
-        name, data='', dataset='', fingerprint='', image_shape=shape, label_dim=preset.label_dim, overrides={}
-    )
-    config.check()
+    assert preset.preset == name and preset.method.weighting.sigma_data == preset.network.preconditioning.sigma_data
+    config = preset.check()
+    assert from_json(TrainConfig, config.to_json()) == config
     with torch.device('meta'):
         Denoiser(config.network)
 
@@ -423,15 +434,16 @@ TABLE6 = {
 def test_presets_are_the_table_of_the_paper(name):
     for block, prefix in (('A', 'edm2-'), ('G*', 'edm2plus-')):
         preset = get_preset(name.replace('edm2-', prefix))
-        row = [preset.channels, preset.lr, preset.decay, preset.duration // 2**20, preset.dropout]
-        row += [preset.P_mean, preset.P_std]
+        net, optimizer, levels = preset.network.architecture, preset.optimizer, preset.method.levels
+        row = [net.model_channels, optimizer.lr, optimizer.decay, preset.duration // 2**20, net.dropout]
+        row += [levels.P_mean, levels.P_std]
         expected = list(TABLE6[name])
         if prefix == 'edm2plus-' and 'img64' in name:  # the later decay and longer run of EDM2+
             expected[2:4] = [70000, 640 if name.endswith('-xl') else 2048]
-        assert row == expected and preset.block == block
-        assert (preset.batch, preset.rampup, preset.snapshot, preset.checkpoint) == (2048, 10**7, 2**23, 2**27)
-        assert (preset.resolution, preset.label_dim, preset.img_channels) == (64, 1000, 3 if 'img64' in name else 4)
-        assert (preset.channel_mult, preset.num_blocks, preset.attn_resolutions) == ((1, 2, 3, 4), 3, (16, 8))
+        assert row == expected and net.block == block
+        assert (preset.batch, optimizer.rampup, preset.snapshot, preset.checkpoint) == (2048, 10**7, 2**23, 2**27)
+        assert preset.network.image_shape == (3 if 'img64' in name else 4, 64, 64) and preset.network.label_dim == 1000
+        assert (net.channel_mult, net.num_blocks, net.attn_resolutions) == ((1, 2, 3, 4), 3, (16, 8))
 
 
 def train_on_one_and_two_ranks(arguments, run_script, tmp_path):

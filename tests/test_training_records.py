@@ -12,22 +12,23 @@ import torch
 
 from dataset.reader import ImageDataset
 from diffusion.levels import LogNormal
+from dnnlib.configs import replaced
 from dnnlib.errors import UserError
 from dnnlib.jsonl import append_record, cut_records, read_records
 from networks.complexity import complexity, saved_bytes
-from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import encode_pixels
-from training.config import from_preset
+from tests.helpers import edm2_network
 from training.cost import format_bytes, memory, plan
 from training.heldout import held_out_loss, split
 from training.inputs import training_draws
-from training.methods.denoising import DenoisingLoss
+from training.methods.denoising import DenoisingConfig, DenoisingLoss
 from training.monitor.log import RunLog, read_stats
 from training.monitor.magnitudes import magnitudes, mean_and_max
 from training.monitor.step_stats import BINS, LossSums, PendingStats, StepStats, noise_edges, reduced, summarize
 from training.monitor.timing import PhaseTimer
 from training.order import BatchOrder
+from training.presets.table import make_config
 
 CPU = torch.device('cpu')
 LEVELS = LogNormal(-0.8, 1.6)
@@ -152,7 +153,13 @@ def test_split_holds_out_other_images(archive):
 
 def test_held_out_images_are_not_trained_on(config, run):
     dataset = ImageDataset(config.data)
-    config = replace(config, held_out=0.5, duration=1024, preview=1024, network=replace(config.network, dropout=0.0))
+    config = replace(
+        config,
+        held_out=0.5,
+        duration=1024,
+        preview=1024,
+        network=replaced(config.network, {'architecture.dropout': 0.0}),
+    )
     seen = []
 
     class Spy(ImageDataset):
@@ -181,13 +188,15 @@ def test_held_out_loss_by_hand(config):
     assert found == held_out_loss(net, held_out, config, batch_size=4)
     assert found['mse'] == pytest.approx(held_out_loss(net, held_out, config, batch_size=5)['mse'], rel=1e-6)
     normal = torch.distributions.Normal(0, 1)
-    sigma = (config.levels.P_mean + config.levels.P_std * normal.icdf((torch.arange(6) + 0.5) / 6)).exp()
+    sigma = (config.method.levels.P_mean + config.method.levels.P_std * normal.icdf((torch.arange(6) + 0.5) / 6)).exp()
     y = encode_pixels(torch.stack([held_out[i][0] for i in range(6)]))
     from torch_utils.random import stream_seed
 
-    _, noise = training_draws(stream_seed(config.seed, 'held out'), list(range(6)), (1, 8, 8), config.levels, CPU)
+    _, noise = training_draws(
+        stream_seed(config.seed, 'held out'), list(range(6)), (1, 8, 8), config.method.levels, CPU
+    )
     labels = torch.eye(10)[[held_out[i][1] for i in range(6)]]
-    losses, errors = DenoisingLoss(net)(y, sigma, noise, labels)
+    _, losses, errors = DenoisingLoss(net, DenoisingConfig())(y, sigma, noise, labels)
     assert found['mse'] == pytest.approx(errors.sum().item() / (6 * 64), rel=1e-5)
     assert found['loss'] == pytest.approx(losses.sum().item() / (6 * 64), rel=1e-5)
 
@@ -263,15 +272,8 @@ def test_tensorboard_missing(monkeypatch):
         board.require_tensorboard()
 
 
-def make_config(preset: str, **overrides):
-    shape, label_dim = ((3, 64, 64), 1000) if 'img64' in preset else ((1, 8, 8), 10)
-    return from_preset(
-        preset, data='', dataset='', fingerprint='', image_shape=shape, label_dim=label_dim, overrides=overrides
-    )
-
-
 def test_plan_of_a_published_run():
-    rows = dict(plan(make_config('edm2plus-img64-xl', micro_batch=32, precision='fp16').check(32), 32))
+    rows = dict(plan(make_config('edm2plus-img64-xl', {'micro_batch': 32, 'precision': 'fp16'}).check(32), 32))
     assert rows['parameters'] == '613.55 M' and rows['one forward pass'].startswith('198.88 GFLOPs')
     assert rows['steps'] == '327680 of 2048 images'
     assert rows['ranks'] == '32: 64 images each per step, 32 at once'
@@ -291,7 +293,7 @@ def test_planned_files_are_what_a_run_writes(config, run):
 
 def test_planned_memory_is_what_autograd_keeps(tiny_config):
     """The estimate against a real training pass: parameters x copies, weights once, activations per image."""
-    config = make_config('edm2plus-digits', ema_stds=(0.05, 0.1, 0.2))
+    config = make_config('edm2plus-digits', {'ema_stds': (0.05, 0.1, 0.2)})
     parts = memory(config, 1, complexity(config.network).parameters)
     numbers = sum(p.numel() for p in Denoiser(config.network).parameters())
     assert parts['parameters, gradients, optimizer, EMAs'] == 4 * numbers * 7
@@ -320,7 +322,11 @@ def test_dry_run_needs_no_data(run_script, tmp_path):
     process = run_script('train.py', '--preset=edm2plus-img64-s', '--dry-run', '--ranks=8', '--batch-gpu=64')
     assert process.returncode == 0, process.stderr
     config, end = json.JSONDecoder().raw_decode(process.stdout)
-    assert config['network']['model_channels'] == 192 and config['micro_batch'] == 64 and config['workers'] == 0
+    assert (
+        config['network']['architecture']['model_channels'] == 192
+        and config['micro_batch'] == 64
+        and config['workers'] == 0
+    )
     text = process.stdout[end:]
     for part in (
         '153.97 M',
@@ -345,7 +351,7 @@ def test_help_is_grouped(run_script):
 def test_compiled_training_is_the_same_mathematics(config, run):
     small = replace(
         config, batch=64, duration=1024, status=64, preview=1024, micro_batch=32,
-        network=NetworkConfig((8, 8), 1, 10, 16, (1,), 1, (4,), 16),
+        network=edm2_network((8, 8), 1, 10, 16, (1,), 1, (4,), 16),
     )  # fmt: skip
     eager, compiled = read_stats(run('eager', small)), read_stats(run('compiled', replace(small, compile=True)))
     for a, b in zip(eager, compiled, strict=True):

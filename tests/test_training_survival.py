@@ -196,6 +196,7 @@ def test_no_room_for_a_state(arguments, tmp_path):
 
 
 RANK1_IS_WRONG = """
+import json
 import os
 import sys
 from dataclasses import replace
@@ -203,13 +204,11 @@ from pathlib import Path
 
 import click
 
-from diffusion.levels import LogNormal
+from dataset.reader import ImageDataset
 from dnnlib import cli
-from networks.config import NetworkConfig
+from dnnlib.configs import from_json
 from torch_utils import distributed
 from training.config import TrainConfig
-from dataset.reader import ImageDataset
-from training.optimizer import LearningRate
 from training.loop import train
 
 
@@ -221,7 +220,7 @@ def measure(net, nimg):
 
 @click.command()
 def main():
-    config = CONFIG
+    config = from_json(TrainConfig, json.loads('''CONFIG'''))
     with distributed.session('cpu') as device:
         seed = 10 * int(os.environ['RANK']) if 'disagree' in os.environ else 0
         folder = Path(sys.argv[0]).parent
@@ -234,7 +233,7 @@ cli.run(main)
 
 def run_two(config, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """Two ranks of which the second raises at the first snapshot, or has another seed."""
-    (folder / 'wrong.py').write_text(RANK1_IS_WRONG.replace('CONFIG', repr(config)))
+    (folder / 'wrong.py').write_text(RANK1_IS_WRONG.replace('CONFIG', json.dumps(config.to_json())))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     return subprocess.run(
         [*command, str(folder / 'wrong.py')],
@@ -299,14 +298,14 @@ def test_writer_raises_what_stopped_it():
 
 
 def test_gradients_that_stay_bad_stop_the_run(config, run, tmp_path, monkeypatch):
-    from training import step
+    from training import update
 
-    def spoil(net):
-        net.unet.out_conv.weight.grad[0, 0, 0, 0] = float('nan')
-        return clean(net)
+    def spoil(parameters, policy, clip):
+        parameters[-2].grad[0, 0, 0, 0] = float('nan')  # the last of the U-Net
+        return clean(parameters, policy, clip)
 
-    clean = step.clean_gradients
-    monkeypatch.setattr(step, 'clean_gradients', spoil)
+    clean = update.clean_gradients
+    monkeypatch.setattr(update, 'clean_gradients', spoil)
     config = replace(config, nonfinite_steps=3, batch=64, status=128)
     with pytest.raises(UserError, match=r'3 steps in a row, last at 256 images, mostly of unet\.out_conv\.weight'):
         run('bad', config)

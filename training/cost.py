@@ -60,7 +60,7 @@ def memory(config: TrainConfig, world_size: int, parameters: int) -> dict[str, i
 
 def _emas(config: TrainConfig) -> int:
     """Number of averages that are tracked."""
-    return len(config.ema_stds) + (config.ema_halflife is not None)
+    return len(config.ema.stds) + (config.ema.halflife is not None)
 
 
 def format_bytes(size: float) -> str:

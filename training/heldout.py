@@ -15,7 +15,7 @@ from training.methods.denoising import DenoisingLoss
 from training.monitor.step_stats import LossSums, noise_edges, reduced, summarize
 
 
-class Part(torch.utils.data.Dataset):
+class Subset(torch.utils.data.Dataset):
     """Some images of a dataset, in the order of `indices` (int64 [n])."""
 
     def __init__(self, dataset: ImageDataset, indices: torch.Tensor):
@@ -28,7 +28,7 @@ class Part(torch.utils.data.Dataset):
         return self.dataset[int(self.indices[index])]
 
 
-def split(dataset: ImageDataset, share: float, seed: int) -> tuple[Part | ImageDataset, Part | None]:
+def split(dataset: ImageDataset, share: float, seed: int) -> tuple[Subset | ImageDataset, Subset | None]:
     """Training images and held-out ones; without a share, all images and None.
 
     A share rounds to at least one image, drawn at random by the seed. The order of the training images is kept.
@@ -42,11 +42,11 @@ def split(dataset: ImageDataset, share: float, seed: int) -> tuple[Part | ImageD
     order = torch.randperm(len(dataset), generator=stream(seed, 'held out'))
     if count >= len(dataset):
         raise UserError(f'holding out {count} of {len(dataset)} images leaves none to train on')
-    return Part(dataset, order[count:].sort().values), Part(dataset, order[:count])
+    return Subset(dataset, order[count:].sort().values), Subset(dataset, order[:count])
 
 
 @torch.no_grad()
-def held_out_loss(net: Denoiser, part: Part, config: TrainConfig, batch_size: int) -> dict:
+def held_out_loss(net: Denoiser, part: Subset, config: TrainConfig, batch_size: int) -> dict:
     """Loss of a network on held-out images, each at a noise level and with noise of its own that never change.
 
     The noise levels are evenly spaced quantiles of the training distribution, so that few images suffice. Every rank
@@ -63,15 +63,18 @@ def held_out_loss(net: Denoiser, part: Part, config: TrainConfig, batch_size: in
     """
     device, count, shape = net.device, len(part), part.dataset.image_shape
     quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    sigmas = config.levels.from_normal(math.sqrt(2) * torch.erfinv(2 * quantiles - 1)).float()
+    sigmas = config.method.levels.from_normal(math.sqrt(2) * torch.erfinv(2 * quantiles - 1)).float()
     seed = stream_seed(config.seed, 'held out')
-    loss, sums = DenoisingLoss(net), LossSums(torch.tensor(noise_edges(config.levels), device=device))
+    loss, sums = (
+        DenoisingLoss(net, config.method),
+        LossSums(torch.tensor(noise_edges(config.method.levels), device=device)),
+    )
     mine = range(distributed.rank(), count, distributed.world_size())
     for start in range(0, len(mine), batch_size):
         chosen = list(mine[start : start + batch_size])
         images, labels = zip(*(part[i] for i in chosen), strict=True)
-        y, one_hot = training_inputs(torch.stack(images), torch.tensor(labels), chosen, config, device, seed)
+        inputs = training_inputs(torch.stack(images), torch.tensor(labels), chosen, config, device, held_out=True)
         sigma = sigmas[chosen].to(device)
-        _, noise = training_draws(seed, chosen, tuple(shape), config.levels, device)
-        sums.add(sigma, *loss(y, sigma, noise, one_hot))
-    return summarize(reduced([sums.sums])[0], config.levels, config.elements)
+        _, noise = training_draws(seed, chosen, tuple(shape), config.method.levels, device)
+        sums.add(*loss(inputs.y, sigma, noise, inputs.labels))
+    return summarize(reduced([sums.sums])[0], config.method.levels, config.elements)

@@ -1,16 +1,15 @@
 """Starting from weights that there are: fine-tuning of published networks, or of one's own."""
 
-import dataclasses
-
 import torch
 
+from dnnlib.configs import differences
 from dnnlib.errors import UserError
 from networks.config import NetworkConfig
 from networks.files import fitting_network, open_network
 from torch_utils import distributed
 from training.state import TrainState
 
-MAY_DIFFER = {'label_dim', 'dropout'}
+MAY_DIFFER = {'label_dim', 'architecture.dropout'}
 LABEL_WEIGHT = 'unet.emb_label.weight'  # one column for each class: has no meaning for other classes
 
 
@@ -27,13 +26,8 @@ def check_initial(source: str, config: NetworkConfig, offline: bool = False) -> 
         OSError: where it cannot be read.
     """
     with open_network(source, offline) as file:
-        theirs, found = file.info.config, []
-        for field in dataclasses.fields(config):
-            ours, other = getattr(config, field.name), getattr(theirs, field.name)
-            if ours != other and field.name not in MAY_DIFFER:
-                found.append(f'{source}: {field.name} of the network is {other}, that of this run {ours}')
-        if found:
-            raise UserError(found)
+        if found := differences(file.info.config.to_json(), config.to_json(), MAY_DIFFER):
+            raise UserError([f'{source} holds another network than this run has', *found])
         fitting_network(file)
 
 

@@ -1,13 +1,30 @@
 """From what a dataset stores to what a network is trained on."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from diffusion.levels import LogNormal
 from networks.encoders import encode_pixels, sample_latents
-from torch_utils.random import stream_seed
-from training.config import TrainConfig
+from torch_utils.random import stream, stream_seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A micro-batch on the device.
+
+    Args:
+        y: Clean images, float32 [N, C, H, W].
+        labels: One-hot, float32 [N, label_dim], rows of zeros where they were dropped; None without classes.
+        augment: How the images were augmented, float32 [N, augment_dim]; None where they were not.
+        numbers: Of the images, counted from 0 over the whole run: random draws belong to them.
+    """
+
+    y: torch.Tensor
+    labels: torch.Tensor | None
+    augment: torch.Tensor | None
+    numbers: list[int]
 
 
 def to_training_images(stored: torch.Tensor, numbers: Sequence[int], seed: int) -> torch.Tensor:
@@ -36,33 +53,37 @@ def training_inputs(
     stored: torch.Tensor,
     labels: torch.Tensor,
     numbers: Sequence[int],
-    config: TrainConfig,
+    config: Any,
     device: torch.device,
-    seed: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Move a micro-batch to the device and make of it what the loss takes.
+    held_out: bool = False,
+) -> Inputs:
+    """Move a micro-batch to the device and make of it what a method trains on.
 
     Args:
         stored: As the dataset gives them.
         labels: Class indices, int64 [N].
-        numbers: Of the images; they choose the draw of latents.
-        config: Of the run; says whether labels are used.
+        numbers: Of the images; all random draws belong to them.
+        config: Of the run, a `TrainConfig`.
         device: Of the network.
-        seed: Of the draws; that of the run by default.
-
-    Returns:
-        Clean images y, float32 [N, C, H, W], and one-hot labels, float32 [N, label_dim], or None.
+        held_out: Whether the images are held out: draws of their own, no augmentation, no dropped labels.
     """
-    seed = config.seed if seed is None else seed
-    y = to_training_images(stored.to(device, non_blocking=True), numbers, seed)
-    if not config.network.label_dim:
-        return y, None
-    labels = labels.to(device, non_blocking=True)
-    return y, torch.nn.functional.one_hot(labels, config.network.label_dim).float()
+    numbers = list(numbers)
+    seed = stream_seed(config.seed, 'held out') if held_out else config.seed
+    y, augment, one_hot = to_training_images(stored.to(device, non_blocking=True), numbers, seed), None, None
+    if config.augment is not None and not held_out:
+        y, augment = config.augment(y, seed, numbers)
+    if config.network.label_dim:
+        labels = labels.to(device, non_blocking=True)
+        one_hot = torch.nn.functional.one_hot(labels, config.network.label_dim).float()
+        if config.label_dropout and not held_out:
+            draws = [torch.rand((), generator=stream(seed, 'label', number)).item() for number in numbers]
+            kept = torch.tensor([draw >= config.label_dropout for draw in draws], device=device)
+            one_hot = one_hot * kept[:, None]
+    return Inputs(y, one_hot, augment, numbers)
 
 
 def training_draws(
-    seed: int, numbers: list[int], shape: tuple[int, ...], levels: LogNormal, device: torch.device
+    seed: int, numbers: Sequence[int], shape: tuple[int, ...], levels: Any, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise level and noise of each image; they depend on (seed, image number) alone.
 
@@ -73,7 +94,7 @@ def training_draws(
         seed: Of the run.
         numbers: Image numbers, counted from 0 over the whole run.
         shape: (C, H, W) of an image.
-        levels: Distribution of the noise levels.
+        levels: Distribution of the noise levels, see `diffusion.levels`.
         device: Where to draw.
 
     Returns:

@@ -12,14 +12,15 @@ import torch
 
 from dataset.reader import ImageDataset
 from dnnlib.background import BackgroundWriter
+from dnnlib.configs import differences
 from dnnlib.errors import UserError
 from dnnlib.files import locked_folder, write_json
 from dnnlib.signals import StopSignals
 from networks.denoiser import Denoiser
 from torch_utils import distributed
 from torch_utils.tensor_files import UnreadableFileError
-from training.config import TrainConfig, differences, refuse_differences
-from training.heldout import Part, held_out_loss, split
+from training.config import TrainConfig, refuse_differences
+from training.heldout import Subset, held_out_loss, split
 from training.initial import start_from
 from training.inputs import training_draws, training_inputs
 from training.monitor.log import RunLog
@@ -94,7 +95,7 @@ def train(
             BackgroundWriter() as writer,
         ):
             routine = Routine(state, folder, dataset, held_out, progress, writer, timer, preview, measure)
-            step = Stepper(state, batches, order.rounds, timer)
+            step = Stepper(state, batches, timer)
             stopping = distributed.any_rank(signals.received is not None)
             while not stopping and state.nimg < end:
                 progress.add(step())
@@ -114,7 +115,7 @@ class Routine:
     state: TrainState
     folder: Path
     dataset: ImageDataset
-    held_out: Part | None
+    held_out: Subset | None
     progress: Progress
     writer: BackgroundWriter
     timer: PhaseTimer
@@ -141,7 +142,7 @@ class Routine:
             if lead and self._due(config.preview):
                 plot_loss(self.folder)
                 if self.preview:
-                    self.progress.add_picture(self.preview(state.averaged_net(min(config.ema_stds)), state.nimg))
+                    self.progress.add_picture(self.preview(state.averaged_net(min(config.ema.stds)), state.nimg))
         # Last: where there is a state, all that was due before it has been done.
         if self._due(config.checkpoint) or last:
             state.stats.collect()
@@ -155,7 +156,7 @@ class Routine:
     def _measure_averages(self) -> None:
         """Held-out loss and metrics of every EMA; every rank calls it."""
         config = self.state.config
-        for std in config.ema_stds:
+        for std in config.ema.stds:
             net = self.state.averaged_net(std)
             record: dict[str, Any] = {'nimg': self.state.nimg, 'ema_std': std}
             if self.held_out:
@@ -239,6 +240,7 @@ def _measure_magnitudes(state: TrainState, dataset: ImageDataset) -> Magnitudes:
     config, device = state.config, state.net.device
     numbers = list(range(min(MAGNITUDES_IMAGES, len(dataset))))
     images, labels = zip(*(dataset[i] for i in numbers), strict=True)
-    y, one_hot = training_inputs(torch.stack(images), torch.tensor(labels), numbers, config, device)
-    sigma, noise = training_draws(config.seed, numbers, tuple(y.shape[1:]), config.levels, device)
-    return magnitudes(state.net, y + sigma[:, None, None, None] * noise, sigma, one_hot)
+    inputs = training_inputs(torch.stack(images), torch.tensor(labels), numbers, config, device)
+    shape, levels = config.network.image_shape, config.method.levels
+    sigma, noise = training_draws(config.seed, numbers, shape, levels, device)
+    return magnitudes(state.net, inputs.y + sigma[:, None, None, None] * noise, sigma, inputs.labels)

@@ -12,26 +12,27 @@ import torch
 from ema.half_life import HalfLifeEMA
 from ema.power import PowerEMA
 from networks.denoiser import PRECISIONS, Denoiser
-from networks.files import NetworkInfo, build_network, is_constant, save_network
+from networks.files import NetworkInfo, build_network, save_network
 from torch_utils.tensor_files import TensorFile, UnreadableFileError, save_tensors
 from training.config import KIMG, TrainConfig, refuse_differences
 from training.monitor.step_stats import PendingStats
 
 KIND = 'training state'
+ADAM = ('step', 'exp_avg', 'exp_avg_sq')  # what Adam keeps of a parameter
 
 
 class TrainState:
-    """Network, optimizer, EMAs and position of a run. Random streams need no state: they follow nimg.
+    """Networks, optimizers, EMAs and position of a run. Random streams need no state: they follow nimg.
 
     Args:
         config: Of the run.
         device: Where it lives.
 
     Attributes:
-        net: The network in training mode.
-        optimizer: Adam.
-        ema: Power-function averages of the network.
-        traditional: Exponential average of the network, or None.
+        method: What is trained and how, see `training.methods.table`.
+        net: The network that the run is for: the method's first.
+        ema: Power-function averages of `net`.
+        traditional: Exponential average of `net`, or None.
         stats: What goes into the next status line.
         nimg: Images trained on.
     """
@@ -39,18 +40,24 @@ class TrainState:
     def __init__(self, config: TrainConfig, device: torch.device):
         self.config = config
         self.nimg = 0
-        self.net = Denoiser(config.network, seed=config.seed, precision=config.precision).train().to(device)
+        self.method = config.method.build(config, device)
+        self.net: Denoiser = next(iter(self.method.networks.values()))
         self.begin_averages()
-        self.stats = PendingStats(len(list(self.net.parameters())))
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, betas=(0.9, 0.99), eps=1e-8, foreach=True)
+        self.stats = PendingStats(len(self.parameters()))
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """All that is trained, by name; those of the first network without its name."""
+        return {
+            name if i == 0 else f'{key}/{name}': p
+            for i, (key, net) in enumerate(self.method.networks.items())
+            for name, p in net.named_parameters()
+        }
 
     def begin_averages(self) -> None:
         """Let all averages begin with the weights as they are."""
-        weights, config = self.net.state_dict(), self.config
-        self.ema = PowerEMA(weights, config.ema_stds)
-        self.traditional = None
-        if config.ema_halflife is not None:
-            self.traditional = HalfLifeEMA(weights, config.ema_halflife, config.ema_rampup)
+        weights, config = self.net.state_dict(), self.config.ema
+        self.ema = PowerEMA(weights, config.stds)
+        self.traditional = None if config.halflife is None else HalfLifeEMA(weights, config.halflife, config.rampup)
 
     def saving(self, folder: Path) -> Callable[[], None]:
         """Copy everything to the host's memory now, the statistics as they were last collected.
@@ -85,11 +92,12 @@ class TrainState:
             tensors = dict(file.items())
             self._check(path, tensors)
             nimg = file.header['nimg']
-        self.net.load_state_dict({name: tensors[f'net/{name}'] for name in self.net.state_dict()})
+        for key, net in self.method.networks.items():
+            net.load_state_dict({name: tensors[f'{key}/{name}'] for name in net.state_dict()})
+            self._load_optimizer(key, tensors)
         for prefix, average in self._averages().items():
             for name, t in average.items():
                 t.copy_(tensors[f'{prefix}/{name}'])
-        self._load_optimizer(tensors)
         self.stats.load({name: tensors[f'stats/{name}'] for name in self.stats.NAMES})
         self.nimg = nimg
 
@@ -107,35 +115,44 @@ class TrainState:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Everything, by the name it has in a state."""
-        tensors = {f'net/{name}': t for name, t in self.net.state_dict().items()}
+        tensors = {}
+        for key, net in self.method.networks.items():
+            tensors |= {f'{key}/{name}': t for name, t in net.state_dict().items()}
+            states = self.method.optimizers[key].state
+            for name, p in net.named_parameters():  # a parameter without a gradient has none
+                tensors |= {f'optimizer/{key}/{name}/{kind}': t for kind, t in states.get(p, {}).items()}
         for prefix, average in self._averages().items():
             tensors |= {f'{prefix}/{name}': t for name, t in average.items()}
-        for name, p in self.net.named_parameters():
-            tensors |= {f'optimizer/{key}/{name}': t for key, t in self.optimizer.state[p].items()}
         return tensors | {f'stats/{name}': t for name, t in self.stats.tensors().items()}
 
     def _check(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         """Make sure that all is there, and of the right shape, before anything is overwritten."""
-        shapes = {f'net/{name}': t.shape for name, t in self.net.state_dict().items()}
+        shapes: dict[str, torch.Size | None] = {}
+        for key, net in self.method.networks.items():
+            shapes |= {f'{key}/{name}': t.shape for name, t in net.state_dict().items()}
+            for name, p in net.named_parameters():
+                prefix = f'optimizer/{key}/{name}'
+                if any(f'{prefix}/{kind}' in tensors for kind in ADAM):
+                    shapes |= {f'{prefix}/{kind}': p.shape if kind != 'step' else torch.Size() for kind in ADAM}
         for prefix, average in self._averages().items():
             shapes |= {f'{prefix}/{name}': t.shape for name, t in average.items()}
-        for name, p in self.net.named_parameters():
-            shapes |= {f'optimizer/{key}/{name}': p.shape for key in ('exp_avg', 'exp_avg_sq')}
-            shapes[f'optimizer/step/{name}'] = torch.Size()
         for name, t in self.stats.tensors().items():
             shapes[f'stats/{name}'] = t.shape if name == 'streak' else None
         for name, shape in shapes.items():
             if name not in tensors or (shape is not None and tensors[name].shape != shape):
                 raise UnreadableFileError(f'{path} lacks {name}, or has it in another shape')
 
-    def _load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
-        keys = sorted({name.split('/')[1] for name in tensors if name.startswith('optimizer/')})
-        saved: dict[str, Any] = self.optimizer.state_dict()
+    def _load_optimizer(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
+        optimizer = self.method.optimizers[key]
+        saved: dict[str, Any] = optimizer.state_dict()
+        names = [name for name, _ in self.method.networks[key].named_parameters()]
+        prefixes = {i: f'optimizer/{key}/{name}' for i, name in enumerate(names)}
         saved['state'] = {
-            i: {key: tensors[f'optimizer/{key}/{name}'] for key in keys}
-            for i, (name, _) in enumerate(self.net.named_parameters())
+            i: {kind: tensors[f'{prefix}/{kind}'] for kind in ADAM}
+            for i, prefix in prefixes.items()
+            if f'{prefix}/step' in tensors
         }
-        self.optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(saved)
 
     def saving_snapshots(self, folder: Path) -> Callable[[], None]:
         """Copy the EMAs to the host's memory now, parameters in `config.snapshot_precision`.
@@ -145,16 +162,22 @@ class TrainState:
             `network-ema-KIMG.safetensors`.
         """
         config, kimg, dtype = self.config, f'{self.nimg // KIMG:07d}', PRECISIONS[self.config.snapshot_precision]
-        info = NetworkInfo(config.network, self.nimg, None, config.preset, config.dataset, config.encoder)
+        about = (config.preset, config.dataset, config.encoder)
+        info = NetworkInfo(config.network, self.nimg, None, *about, sampler=config.sampler.to_json())
         averages = [
             (f'network-snapshot-{kimg}-{std:.3f}', average, dataclasses.replace(info, ema_std=std))
             for std, average in self.ema.averages.items()
         ]
         if self.traditional is not None:
-            halflife = dataclasses.replace(info, ema_halflife=config.ema_halflife)
+            halflife = dataclasses.replace(info, ema_halflife=config.ema.halflife)
             averages.append((f'network-ema-{kimg}', self.traditional.average, halflife))
+        constants = dict(self.net.named_buffers())
         snapshots = [
-            (folder / f'{name}.safetensors', {n: _stored(n, t, dtype) for n, t in average.items()}, about)
+            (
+                folder / f'{name}.safetensors',
+                {n: _host_copy(t if n in constants else t.to(dtype)) for n, t in average.items()},
+                about,
+            )
             for name, average, about in averages
         ]
 
@@ -168,11 +191,6 @@ class TrainState:
         """A network of its own with one EMA's weights, in evaluation mode."""
         weights = {name: t.clone() for name, t in self.ema.averages[std].items()}
         return build_network(self.config.network, weights, self.net.device, self.config.precision)
-
-
-def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy for a snapshot."""
-    return _host_copy(tensor if is_constant(name) else tensor.to(dtype))
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,16 @@
 """The U-Net of EDM2 and EDM2+ (EDM2 figure 22): magnitude-preserving blocks with any residual branch."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from networks.config import NetworkConfig
+from networks.dropout import Dropout
 from networks.edm2.branches import LAYERS, MODULATE, SILU, get_branch
+from networks.edm2.config import EDM2Config
 from networks.edm2.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
+from networks.interface import Interface
 
 LABEL_BALANCE = 0.5  # weight of the class in the embedding
 CONCAT_BALANCE = 0.5  # weight of the skip connection in a decoder block's input
@@ -44,7 +47,7 @@ class Block(nn.Module):
         in_channels: int,
         out_channels: int,
         emb_channels: int,
-        config: NetworkConfig,
+        config: EDM2Config,
         flavor: str,
         resample_mode: str = 'keep',
         attention: bool = False,
@@ -53,7 +56,7 @@ class Block(nn.Module):
         branch = get_branch(config.block)
         self.flavor = flavor
         self.resample_mode = resample_mode
-        self.dropout = config.dropout
+        self.dropout = Dropout(config.dropout)
         self.channels_per_head = config.channels_per_head
         self.steps = tuple(branch.steps_of(flavor))
         self.emb_gain = nn.Parameter(torch.empty(()))
@@ -99,8 +102,8 @@ class Block(nn.Module):
                 modulated = True
             elif step == SILU:
                 y = mp_silu(y)
-                if modulated and self.training and self.dropout:  # right after the SiLU that follows the modulation
-                    y = nn.functional.dropout(y, p=self.dropout)
+                if modulated:  # right after the SiLU that follows the modulation
+                    y = self.dropout(y)
                     modulated = False
             else:
                 y = getattr(self, step)(y)
@@ -122,25 +125,26 @@ class UNet(nn.Module):
 
     Args:
         config: What to build; already checked.
+        interface: What goes in and out.
     """
 
-    def __init__(self, config: NetworkConfig):
+    def __init__(self, config: EDM2Config, interface: Interface):
         super().__init__()
-        levels = config.levels
+        levels = config.levels(interface)
         emb_channels = max(channels for _, _, channels in levels)
-        self.label_dim = config.label_dim
+        self.label_dim = label_dim = interface.label_dim
         self.out_gain = nn.Parameter(torch.empty(()))
         self.emb_fourier = MPFourier(levels[0][2])
         self.emb_noise = MPConv(levels[0][2], emb_channels, kernel=0)
-        self.emb_label = MPConv(config.label_dim, emb_channels, kernel=0) if config.label_dim else None
+        self.emb_label = MPConv(label_dim, emb_channels, kernel=0) if label_dim else None
 
         self.enc = nn.ModuleDict()
         width = levels[0][2]
-        height, breadth = config.img_resolution
-        self.enc[f'{height}x{breadth}_conv'] = MPConv(config.img_channels + 1, width, kernel=3)
+        height, breadth = interface.img_resolution
+        self.enc[f'{height}x{breadth}_conv'] = MPConv(interface.in_channels + 1, width, kernel=3)
         skips = [width]
         for level, (height, breadth, channels) in enumerate(levels):
-            name, attention = f'{height}x{breadth}', config.has_attention(level)
+            name, attention = f'{height}x{breadth}', config.has_attention(height, breadth)
             if level > 0:
                 self.enc[f'{name}_down'] = Block(width, width, emb_channels, config, 'enc', 'down')
                 skips.append(width)
@@ -152,7 +156,7 @@ class UNet(nn.Module):
 
         self.dec = nn.ModuleDict()
         for level, (height, breadth, channels) in reversed(list(enumerate(levels))):
-            name, attention = f'{height}x{breadth}', config.has_attention(level)
+            name, attention = f'{height}x{breadth}', config.has_attention(height, breadth)
             if level == len(levels) - 1:
                 self.dec[f'{name}_in0'] = Block(width, width, emb_channels, config, 'dec', attention=True)
                 self.dec[f'{name}_in1'] = Block(width, width, emb_channels, config, 'dec')
@@ -162,7 +166,22 @@ class UNet(nn.Module):
                 block = Block(width + skips.pop(), channels, emb_channels, config, 'dec', attention=attention)
                 self.dec[f'{name}_block{i}'] = block
                 width = channels
-        self.out_conv = MPConv(width, config.img_channels, kernel=3)
+        self.out_conv = MPConv(width, interface.out_channels, kernel=3)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw all weights from N(0, 1); gains become 0, so that at first F = 0."""
+        for name, parameter in self.named_parameters():
+            if name.endswith('_gain'):
+                nn.init.zeros_(parameter)
+        for module in self.modules():
+            if isinstance(module, MPConv | MPFourier):
+                module.reset_parameters(generator)
+
+    def stages(self) -> Iterator[tuple[str, nn.Module]]:
+        """Its parts, in order of execution."""
+        yield from (('enc ' + name, part) for name, part in self.enc.items())
+        yield from (('dec ' + name, part) for name, part in self.dec.items())
+        yield 'output', self.out_conv
 
     def embed(self, c_noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """float32 [N] noise labels and [N, label_dim] class labels (None: none of the classes) -> [N, emb_channels]."""
@@ -174,8 +193,15 @@ class UNet(nn.Module):
             emb = mp_sum(emb, emb_label.expand_as(emb), LABEL_BALANCE)
         return mp_silu(emb)
 
-    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        c_noise: torch.Tensor,
+        labels: torch.Tensor | None,
+        augment: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[N, C, H, W] in any float dtype, float32 [N], float32 [N, label_dim] or None -> [N, C, H, W] in x's dtype."""
+        assert augment is None
         emb = self.embed(c_noise, labels)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         x = x.contiguous(memory_format=torch.channels_last)

@@ -186,7 +186,7 @@ def rebuild_config(args: Any, arguments: Any) -> NetworkConfig:
         raise UserError(_shortened(found))
     values = {**CONFIG_ARGUMENTS, **values}
     side = values.pop('img_resolution')
-    return NetworkConfig(img_resolution=(side, side), block='A', **values).check()
+    return NetworkConfig.from_json({'img_resolution': (side, side), 'block': 'A', **values})
 
 
 def _plain_value(value: Any) -> tuple[Any, bool]:

@@ -1,13 +1,11 @@
 """Magnitudes of activations and weights per resolution (EDM2 appendix A.6), which should stay near 1."""
 
-import re
 from collections import defaultdict
 
 import torch
 from torch import nn
 
 from networks.denoiser import Denoiser
-from networks.edm2.magnitude import MPConv
 
 Magnitudes = dict[str, dict[str, torch.Tensor]]
 
@@ -31,13 +29,12 @@ def magnitudes(net: Denoiser, x: torch.Tensor, sigma: torch.Tensor, labels: torc
     """
     activations, weights = defaultdict(list), defaultdict(list)
     hooks = []
-    for name, layer in net.unet.named_modules():
-        bucket = re.match(r'(enc|dec)\.(\d+x\d+)_(?!conv)', name)
-        if bucket is None or not isinstance(layer, MPConv):
-            continue
-        key = ' '.join(bucket.groups())
-        weights[key].append(_rms(layer.weight[None])[0])
-        hooks.append(layer.register_forward_hook(_collect(activations[key])))
+    for stage, part in net.unet.stages():
+        key, _, block = stage.rpartition('_')
+        for layer in part.modules() if key and block != 'conv' else ():
+            if isinstance(getattr(layer, 'weight', None), nn.Parameter) and layer.weight.ndim > 1:
+                weights[key].append(_rms(layer.weight[None])[0])
+                hooks.append(layer.register_forward_hook(_collect(activations[key])))
     training = net.training
     net.eval()
     try:

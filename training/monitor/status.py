@@ -35,7 +35,7 @@ class Progress:
     def __init__(self, state: TrainState, folder: Path, timer: PhaseTimer, end: int, tensorboard: bool = False):
         self.state, self.config, self.folder, self.timer, self.end = state, state.config, folder, timer, end
         self.since, self.since_nimg = time.monotonic(), state.nimg
-        self.names = [name for name, _ in state.net.named_parameters()]
+        self.names = list(state.parameters())
         self.bar = self.board = None
         self.log = RunLog(folder if distributed.rank() == 0 else None)
         if distributed.rank() == 0:
@@ -68,7 +68,7 @@ class Progress:
         """
         stats = self.state.stats
         stats.collect()
-        losses = summarize(stats.sums.sum(dim=0), self.config.levels, self.config.elements)
+        losses = summarize(stats.sums.sum(dim=0), self.config.method.levels, self.config.elements)
         nonfinite, exceeded = stats.bad_gradients(self.names, self.config.nonfinite_steps)
         seconds = self.timer.take()  # waits for the device, so that the clock below counts finished steps
         now = time.monotonic()

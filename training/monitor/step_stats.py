@@ -6,15 +6,19 @@ from typing import Any
 
 import torch
 
-from diffusion.levels import LogNormal
 from torch_utils import distributed
 
-BINS = 10  # of ln(sigma): half a standard deviation each, the outer two open
+BINS = 10  # of ln(sigma), the outer two open
 
 
-def noise_edges(levels: LogNormal) -> list[float]:
-    """The BINS - 1 inner borders of the bins of ln(sigma): P_mean + P_std (-2, -1.5, ..., 2)."""
-    return [levels.P_mean + levels.P_std * (i / 2 - 2) for i in range(BINS - 1)]
+def noise_edges(levels: Any) -> list[float]:
+    """The BINS - 1 inner borders of the bins of ln(sigma), where a normal distribution has -2, -1.5, ..., 2.
+
+    Args:
+        levels: See `diffusion.levels`.
+    """
+    z = torch.tensor([i / 2 - 2 for i in range(BINS - 1)], dtype=torch.float64)
+    return levels.from_normal(z).log().tolist()
 
 
 class LossSums:
@@ -43,7 +47,7 @@ def reduced(sums: list[torch.Tensor]) -> torch.Tensor:
     return distributed.all_reduce_sum(torch.stack(sums).double()).cpu()
 
 
-def summarize(total: torch.Tensor, levels: LogNormal, elements: int) -> dict[str, Any]:
+def summarize(total: torch.Tensor, levels: Any, elements: int) -> dict[str, Any]:
     """Average losses over all images.
 
     Args:

@@ -1,0 +1,45 @@
+"""The families of networks, as a table: a new one is a module or a folder of its own, and a row here.
+
+A family has a frozen dataclass of its architecture's own numbers, with
+
+    problems(interface)  everything that is wrong with it, in words
+    width                features per pixel of the finest level
+
+and an architecture, an `nn.Module` built from that config and a `networks.interface.Interface`, with
+
+    forward(x, c_noise, labels, augment)  F: [N, C, H, W] in any float dtype, float32 [N], float32 [N, label_dim] or
+                                          None, float32 [N, augment_dim] or None -> [N, out_channels, H, W] in x's dtype
+    reset_parameters(generator)           draw all weights and random constants, on the CPU
+    stages()                              (name, module) of its parts, in order of execution
+
+Its constants are its buffers. Embeddings are computed in float32, and weights are cast to x's dtype at use.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from networks.edm2.config import EDM2Config
+from networks.edm2.unet import UNet
+from networks.interface import Interface
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A row of FAMILIES.
+
+    Args:
+        config: Class of the architecture's numbers.
+        build: (config, interface) -> architecture.
+    """
+
+    config: type
+    build: Callable[[Any, Interface], nn.Module]
+
+
+FAMILIES: dict[str, Family] = {
+    'edm2': Family(EDM2Config, UNet),
+}
+ARCHITECTURES: dict[str, type] = {name: family.config for name, family in FAMILIES.items()}
