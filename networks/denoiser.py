@@ -32,7 +32,8 @@ class Denoiser(nn.Module):
         self.config = config.check()
         self.precision = precision
         family = FAMILIES[tag_of(config.architecture, ARCHITECTURES)]
-        self.unet = family.build(config.architecture, config.interface)
+        with torch.random.fork_rng(devices=[]):  # PyTorch's layers draw weights of their own, which do not stay
+            self.unet = family.build(config.architecture, config.interface)
         if config.uncertainty:
             self.logvar_fourier = MPFourier(config.uncertainty)
             self.logvar_linear = MPConv(config.uncertainty, 1, kernel=0)
@@ -42,10 +43,15 @@ class Denoiser(nn.Module):
     def reset_parameters(self, seed: int) -> None:
         """Draw all weights anew; at first F is 0, or nearly, and D(x) = c_skip x."""
         generator = torch.Generator().manual_seed(seed)
-        self.unet.reset_parameters(generator)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.fill_(torch.nan)
+            self.unet.reset_parameters(generator)
         if self.config.uncertainty:
             self.logvar_fourier.reset_parameters(generator)
             self.logvar_linear.reset_parameters(generator)
+        undrawn = [name for name, parameter in self.named_parameters() if parameter.isnan().any()]
+        assert not undrawn, f'reset_parameters must draw {", ".join(undrawn)}'
 
     def forward(
         self,

@@ -62,13 +62,13 @@ class Denoising:
     def step(self, batches: Iterator[Inputs], nimg: int, timer: PhaseTimer) -> StepStats:
         """Train on the micro-batches of a step, see `training.methods.table`."""
         self.net.train()
-        return self.update((self._draw(inputs, nimg) for inputs in batches), nimg, timer)
+        return self.update((self.draw(self.net, inputs, nimg) for inputs in batches), nimg, timer)
 
-    def _draw(self, inputs: Inputs, nimg: int) -> tuple:
-        """Arguments of the loss."""
+    def draw(self, net: Denoiser, inputs: Inputs, nimg: int) -> tuple:
+        """Arguments of `DenoisingLoss`: noise levels and noise of each image; dropout of `net` is seeded."""
         levels, shape = self.config.method.levels, tuple(inputs.y.shape[1:])
         sigma, noise = training_draws(self.config.seed, inputs.numbers, shape, levels, inputs.y.device)
-        seed_dropout(self.net, self.config.seed, inputs.numbers)
+        seed_dropout(net, self.config.seed, inputs.numbers)
         return inputs.y, sigma, noise, inputs.labels, inputs.augment, nimg
 
 
