@@ -76,7 +76,7 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
     """Generate images; image k depends on seed k alone.
 
     The output folder has the layout of a dataset (dataset.json holds the classes), so that calculate_metrics.py
-    and train.py can read it. generation.json tells how the images were made. A run that was interrupted is continued
+    and train.py can read it. generation.json tells how the images were made. A run that was interrupted is resumed
     by the same command with --skip-existing. docs/sampling.md compares the samplers.
     """
     model = resolve_model(preset, flags['net_path'], flags['gnet_path'], flags['guidance'])
@@ -133,7 +133,7 @@ def check_film(film: Path, folder: Path) -> None:
 
 
 def prepare_together(folder: Path, record: dict[str, Any], skip_existing: bool, overwrite: bool) -> None:
-    """`prepare` on rank 0 while the others wait; a refusal is raised on all of them, so that none waits in vain.
+    """`prepare` on rank 0 while the others wait; a refusal is raised on all of them, so that none waits forever.
 
     Raises:
         UserError: as `prepare`.

@@ -36,7 +36,7 @@ Examples:
   python train.py --preset=edm2plus-img64-xl --batch-gpu=32 --precision=fp16 --dry-run --ranks=32
   torchrun --standalone --nproc_per_node=8 train.py --preset=edm2plus-img64-s \\
       --data=imagenet64.zip --outdir=runs/img64-s --batch-gpu=64 --precision=fp16 --compile
-  The same command continues a run that was stopped. See docs/training.md, for Slurm too.
+  The same command resumes a run that was stopped. See docs/training.md, for Slurm too.
 """
 
 main_group, recipe, execution, output = (
@@ -47,7 +47,7 @@ main_group, recipe, execution, output = (
 @click.command(cls=cli.GroupedCommand, epilog=EPILOG)
 @main_group('--preset', required=True, metavar='NAME', help=f'One of {", ".join(PRESETS)}.')
 @main_group('--data', metavar='ZIP|DIR', help='Dataset archive made by dataset_tool.py.')
-@main_group('--outdir', metavar='DIR', help='Run folder; a run found in it is continued.')
+@main_group('--outdir', metavar='DIR', help='Run folder; a run found in it is resumed.')
 @main_group('--init', metavar='FILE|URL', help='Network file to start from, ours or a published EDM2 pickle.')
 @main_group('--cond', type=bool, default=True, show_default=True, help='Train class-conditionally.')
 @recipe('--duration', type=cli.NIMG, help='Length of the run, such as 8Mi.')
@@ -76,9 +76,9 @@ main_group, recipe, execution, output = (
 @execution('--workers', type=int, metavar='INT', help='Data loading processes beside each rank.')
 @execution('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
 @execution('--offline', is_flag=True, help='Download nothing; a URL comes from the cache.')
-@execution('--slice', type=cli.NIMG, help='Stop after so many images, to be continued by the same command.')
+@execution('--slice', type=cli.NIMG, help='Stop after so many images, to be resumed by the same command.')
 @execution('--nonfinite-steps', type=int, metavar='INT', help='Stop when as many steps in a row had bad gradients.')
-@execution('--allow-rounding', is_flag=True, help='Continue although --precision, --compile or --batch-gpu differ.')
+@execution('--allow-rounding', is_flag=True, help='Resume although --precision, --compile or --batch-gpu differ.')
 @output('--status', type=cli.NIMG, help='Interval of status lines.')
 @output('--preview', type=cli.NIMG, help='Interval of sample grids.')
 @output('--metrics', metavar='LIST', help='Measure every EMA at snapshots, such as fid,fd_pixels.')
@@ -87,7 +87,7 @@ main_group, recipe, execution, output = (
 @output('--vae', metavar='DIR', help='Folder of the VAE, to show and measure latents without a network.')
 @output('--snapshot', type=cli.NIMG, help='Interval of EMA snapshots.')
 @output('--snapshot-precision', metavar='fp16|bf16|fp32', help='Of the EMA snapshots.')
-@output('--checkpoint', type=cli.NIMG, help='Interval of full states to continue from.')
+@output('--checkpoint', type=cli.NIMG, help='Interval of full states to resume from.')
 @output('--keep', type=int, metavar='INT', help='Newest full states that stay; 0 for all.')
 @output('--tensorboard', is_flag=True, help='Write events for TensorBoard too.')
 @output('-n', '--dry-run', is_flag=True, help='Print the config and what the run will cost, and stop.')
@@ -110,7 +110,7 @@ def main(
     settings,
     **flags,
 ):
-    """Train a diffusion model, or continue the run found in --outdir.
+    """Train a diffusion model, or resume the run found in --outdir.
 
     Numbers of images may be written as 4096, 200k or 8Mi. What is not given comes from the preset.
     """

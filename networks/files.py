@@ -113,7 +113,7 @@ def open_network(source: str | os.PathLike, offline: bool = False) -> NetworkFil
         offline: Only look for a URL in the download cache.
 
     Raises:
-        UserError: where it is no network file, or not to be had.
+        UserError: where it is no network file, or not available.
         OSError: where it cannot be read.
     """
     path = local_file(source, offline)

@@ -1,4 +1,4 @@
-"""Generated images on disk: a folder that says how they were made, and can be continued.
+"""Generated images on disk: a folder that says how they were made, and can be resumed.
 
 DIR/generation.json      how, from before the first image; "complete" tells whether all are there
 DIR/000123.png           image of seed 123 (or DIR/000000/000123.png), whole or not there

@@ -57,6 +57,17 @@ def state_tensors(folder: Path) -> dict[str, torch.Tensor]:
         return dict(file.items())
 
 
+def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Make sure that both hold the same bits; what differs is named, with how far and in how many elements."""
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    found = {
+        name: f'{(a[name] != b[name]).sum()} of {a[name].numel()}, by {(a[name] - b[name]).abs().max()}'
+        for name in a
+        if a[name].shape != b[name].shape or not torch.equal(a[name], b[name])
+    }
+    assert not found, f'{len(found)} of {len(a)} tensors differ: {found}'
+
+
 def random_inception(path: Path, seed: int = 0) -> Path:
     """Write a state dict in the layout of the public Inception weights, random but of sensible scale (2 / fan-in)."""
     with torch.device('meta'):

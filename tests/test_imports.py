@@ -47,6 +47,32 @@ def test_scripts():
         assert not ours, f'{script}.py imports {ours}'
 
 
+def test_no_two_modules_import_each_other():
+    """Importing needs an order: one module after another whose imports have all been there."""
+    waiting = {}
+    for path in ROOT.glob('*/**/*.py'):
+        name = '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+        if name.split('.')[0] in BELOW:
+            tree = ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+            nodes = [node for node in tree if isinstance(node, ast.ImportFrom)]
+            waiting[name] = {node.module for node in nodes} | {f'{n.module}.{a.name}' for n in nodes for a in n.names}
+    waiting = {name: modules & waiting.keys() for name, modules in waiting.items()}
+    while free := [name for name, modules in waiting.items() if not modules & waiting.keys()]:
+        for name in free:
+            del waiting[name]
+    assert not waiting, f'these import each other: {sorted(waiting)}'
+
+
+def test_files_are_short_and_rooms_alike():
+    """No file over 400 lines, `training/` under 3,000, no other room over a fifth of the code."""
+    lines = {path: len(path.read_text(encoding='utf-8').splitlines()) for path in ROOT.glob('[!.]*/**/*.py')}
+    lines = {path: n for path, n in lines.items() if path.relative_to(ROOT).parts[0] not in ('tests', 'demo')}
+    lines |= {path: len(path.read_text(encoding='utf-8').splitlines()) for path in ROOT.glob('*.py')}
+    assert not {path: n for path, n in lines.items() if n > 400 and path.name != 'pickle_machine.py'}
+    rooms = {room: sum(n for path, n in lines.items() if ROOT / room in path.parents) for room in BELOW}
+    assert rooms.pop('training') < 3000 and max(rooms.values()) < sum(lines.values()) / 5, rooms
+
+
 def test_no_numpy_in_a_forward_pass():
     for path in (ROOT / 'networks').rglob('*.py'):
         assert 'numpy' not in imported(path), path

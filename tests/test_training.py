@@ -16,7 +16,7 @@ from ema.power import std_to_exp
 from networks.denoiser import Denoiser
 from networks.encoders import decode_pixels, encode_pixels
 from networks.files import load_network
-from tests.helpers import state_tensors
+from tests.helpers import assert_same_tensors, state_tensors
 from torch_utils.tensor_files import TensorFile, save_tensors
 from training.config import Averages, TrainConfig, refuse_differences
 from training.inputs import training_draws
@@ -193,7 +193,7 @@ def test_broken_newest_state_falls_back_to_the_one_before(config, run, capsys):
     text = capsys.readouterr().out
     assert f'warning: {newest} is not a training state' in text and 'at 1024 images' in text
     a, b = state_tensors(whole), state_tensors(broken)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_tensors(a, b)
     for path in state_files(broken):
         path.write_bytes(b'')
     before = sorted(broken.iterdir())

@@ -79,14 +79,14 @@ def test_asked_to_stop(whole, arguments, tmp_path, name):
     process.send_signal(getattr(signal, name))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    (nimg,) = re.findall(rf'stopped by {name} at (\d+) images; the same command continues', output)
+    (nimg,) = re.findall(rf'stopped by {name} at (\d+) images; the same command resumes', output)
     assert 1024 < int(nimg) < 4096 and 'Traceback' not in output
     assert f'stopped by {name}' in (tmp_path / 'log.txt').read_text()
     assert not list(tmp_path.glob('.*.tmp'))
     if name != 'SIGTERM':
         return
     process = start(arguments, tmp_path)
-    assert f'at {nimg} images' in wait_for(process, 'continuing from')
+    assert f'at {nimg} images' in wait_for(process, 'resumed from')
     process.communicate()
     assert_same_runs(whole, tmp_path)
 
@@ -108,7 +108,7 @@ def test_two_ranks_asked_to_stop(arguments, tmp_path):
     assert process.returncode == 0 and 'Traceback' not in output, output
     assert re.search(r'stopped by (SIGUSR1|another rank) at \d+ images', output)
     process = start(arguments, tmp_path / 'halves', ranks=2)
-    wait_for(process, 'continuing from')
+    wait_for(process, 'resumed from')
     process.communicate()
     assert process.returncode == 0
     assert_same_runs(tmp_path / 'whole', tmp_path / 'halves')
@@ -317,7 +317,7 @@ def test_gradients_that_stay_bad_stop_the_run(config, run, tmp_path, monkeypatch
 
 def test_slice_stops_and_saves(config, run, capsys):
     folder = run('slices', replace(config, slice=512))
-    assert 'stopped as told at 512 images; the same command continues' in capsys.readouterr().out
+    assert 'stopped as told at 512 images; the same command resumes' in capsys.readouterr().out
     assert json.loads((folder / 'config.json').read_text())['slice'] == 512
     run('slices', replace(config, slice=512))
     assert state_files(folder)[-1].name == 'training-state-0000001.safetensors'

@@ -52,19 +52,19 @@ def train(
     tensorboard: bool = False,
     signals: StopSignals | None = None,
 ) -> None:
-    """Train, or go on training, until `config.duration` images have been seen, `config.slice` in this process, or
+    """Train, or resume training, until `config.duration` images have been seen, `config.slice` in this process, or
     until a signal asks to stop; then the state is saved.
 
     Args:
         config: The run, already checked for this number of ranks.
         dataset: Its images.
-        folder: Run folder; states in it are continued from the newest one.
+        folder: Run folder; a run in it is resumed from the newest state.
         device: Of this rank.
         preview: Called on rank 0 at intervals with the shortest EMA.
         measure: Called on every rank with every EMA at snapshots.
-        allow_rounding: Whether a run that is continued may change what alters its rounding.
+        allow_rounding: Whether a resumed run may change what alters its rounding.
         tensorboard: Whether to write for TensorBoard too.
-        signals: What tells to stop, where the caller listens already; it is left at the end.
+        signals: What tells to stop, where the caller listens already; it stops listening at the end.
 
     Raises:
         UserError: where another process trains in the folder, it holds another run, ranks disagree, an image cannot be
@@ -104,7 +104,7 @@ def train(
             writer.wait()
             if state.nimg < config.duration:
                 reason = f'by {signals.received or "another rank"}' if stopping else 'as told'
-                progress.say(f'stopped {reason} at {state.nimg} images; the same command continues')
+                progress.say(f'stopped {reason} at {state.nimg} images; the same command resumes')
         distributed.barrier()  # the others wait for rank 0's files, and take signals meanwhile
 
 
@@ -184,7 +184,7 @@ def agree(config: TrainConfig) -> None:
 
 
 def resume(state: TrainState, folder: Path, allow_rounding: bool = False) -> None:
-    """Continue from the newest readable state in the folder, if there is one; a broken one is passed over aloud.
+    """Resume from the newest readable state in the folder, if there is one; a broken one is skipped with a warning.
 
     Raises:
         UserError: where the folder holds another run (with a line per difference), or no state of several is readable.
@@ -204,11 +204,11 @@ def resume(state: TrainState, folder: Path, allow_rounding: bool = False) -> Non
             log.say(f'warning: {error}')
             broken.append(path)
             continue
-        log.say(f'continuing from {path} at {state.nimg} images')
+        log.say(f'resumed from {path} at {state.nimg} images')
         break
     positions = distributed.gather_text(str(state.nimg))
     if len(set(positions)) > 1:
-        raise UserError(f'ranks would go on from {", ".join(positions)} images; do all see the same folder {folder}?')
+        raise UserError(f'ranks would resume at {", ".join(positions)} images; do all see the same folder {folder}?')
     if paths and not state.nimg:
         raise UserError(f'no training state in {folder} can be read; remove them to begin anew')
     for path in broken if distributed.rank() == 0 else []:  # it shall not count as one of those that are kept

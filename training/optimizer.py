@@ -69,7 +69,7 @@ def clean_gradients(
     """Replace gradient elements that are not finite, then scale the whole gradient down to a norm of `clip`.
 
     Args:
-        parameters: Those without a gradient are passed over.
+        parameters: Those without a gradient are skipped.
         policy: See `Optimizer.nonfinite`.
         clip: Largest norm; None for any.
 

@@ -18,7 +18,7 @@ def epoch_order(dataset_size: int, seed: int, epoch: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """The micro-batches of one rank, one after another without end.
+    """The micro-batches of one rank, in order, endlessly.
 
     Training images are numbered from 0 over the whole run. Number i is image `epoch_order(N, seed, i // N)[i % N]`
     of the N in the dataset. A step at `nimg` trains on numbers nimg .. nimg+batch-1; in its round a, rank r takes the

@@ -64,7 +64,7 @@ class TrainState:
 
         Returns:
             What writes it to `training-state-KIMG.safetensors`, then drops all but the newest states; training may
-            go on meanwhile.
+            continue meanwhile.
         """
         copies = {name: _host_copy(t) for name, t in self._tensors().items()}
         header = {'kind': KIND, 'nimg': self.nimg, 'config': self.config.to_json()}
@@ -148,7 +148,7 @@ class TrainState:
         names = [name for name, _ in self.method.networks[key].named_parameters()]
         prefixes = {i: f'optimizer/{key}/{name}' for i, name in enumerate(names)}
         saved['state'] = {
-            i: {kind: tensors[f'{prefix}/{kind}'] for kind in ADAM}
+            i: {kind: tensors[f'{prefix}/{kind}'].clone() for kind in ADAM}  # not in the mapped file
             for i, prefix in prefixes.items()
             if f'{prefix}/step' in tensors
         }

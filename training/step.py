@@ -15,7 +15,7 @@ class Stepper:
 
     Args:
         state: What is trained.
-        batches: This rank's micro-batches, without end.
+        batches: This rank's micro-batches, one after another.
         timer: Of the phases.
     """
 

@@ -23,7 +23,7 @@ class Board:
 
     Args:
         folder: Of the run.
-        nimg: Where the run goes on; what an earlier process wrote beyond is hidden.
+        nimg: Where the run resumes; what an earlier process wrote beyond is hidden.
     """
 
     def __init__(self, folder: Path, nimg: int):

@@ -25,7 +25,7 @@ class Progress:
 
     Args:
         state: Its nimg is the position.
-        folder: Of the run. What its records hold beyond the state's nimg is cut off, so that a continued run has every
+        folder: Of the run. What its records hold beyond the state's nimg is cut off, so that a resumed run has every
             line once.
         timer: Of the phases of training.
         end: Number of images at which this process stops.

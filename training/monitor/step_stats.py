@@ -96,7 +96,7 @@ class StepStats:
 class PendingStats:
     """What the steps since the last status line have left, to go into the next one.
 
-    It belongs to the state of a run: a run that is continued between two status lines writes the same lines.
+    It belongs to the state of a run: a run that is resumed between two status lines writes the same lines.
 
     Args:
         parameters: Number of the network's parameters.
