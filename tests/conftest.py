@@ -9,6 +9,7 @@ from training.methods.denoising import DenoisingConfig
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # read once, when torch is imported; subprocesses inherit it
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def run_script(tmp_path):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def tiny_config() -> NetworkConfig:
     """A network that takes milliseconds: 8x8 grayscale, 10 classes."""
     return edm2_network((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
@@ -68,7 +69,7 @@ def archive(tmp_path_factory):
     return make_archive(tmp_path_factory.mktemp('data') / 'tiny.zip', count=30, classes=10)
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def config(archive, tiny_config) -> TrainConfig:
     """A run of eight steps on it, seconds long."""
     dataset = ImageDataset(archive)
@@ -100,6 +101,20 @@ def run(tmp_path):
         return folder
 
     return train_in
+
+
+@pytest.fixture(scope='session')
+def trained_once(config, tmp_path_factory):
+    """The run folder of `config`, for `finished` alone."""
+    folder = tmp_path_factory.mktemp('trained')
+    train(config, ImageDataset(config.data), folder, torch.device('cpu'))
+    return folder
+
+
+@pytest.fixture
+def finished(trained_once, tmp_path):
+    """Copy the run folder of `config`, which is trained once, to a folder of that name; returns it."""
+    return lambda name: Path(shutil.copytree(trained_once, tmp_path / name))
 
 
 @pytest.fixture(autouse=True)

@@ -177,15 +177,14 @@ def test_previews_show_the_shortest_average(config, tmp_path):
     assert all(torch.equal(average[f'ema/0.05/{name}'], t) for name, t in net.state_dict().items())
 
 
-def test_snapshots_are_float16(config, run):
-    with TensorFile(run('half', config) / 'network-snapshot-0000002-0.100.safetensors') as file:
+def test_snapshots_are_float16(finished):
+    with TensorFile(finished('half') / 'network-snapshot-0000002-0.100.safetensors') as file:
         assert file.get('unet.out_conv.weight').dtype == torch.float16
         assert file.get('unet.emb_fourier.freqs').dtype == torch.float32
 
 
-def test_broken_newest_state_falls_back_to_the_one_before(config, run, capsys):
-    whole = run('whole', config)
-    broken = run('broken', config)
+def test_broken_newest_state_falls_back_to_the_one_before(config, run, finished, capsys):
+    whole, broken = finished('whole'), finished('broken')
     newest = state_files(broken)[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
     run('broken', config)
@@ -278,8 +277,8 @@ def test_loss_scaling_cancels(config, run):
     torch.testing.assert_close(b[name] / 64, a[name], rtol=1e-2, atol=1e-4)
 
 
-def test_files_of_a_run(config, run):
-    folder = run('files', config)
+def test_files_of_a_run(config, run, finished):
+    folder = finished('files')
     names = sorted(path.name for path in folder.iterdir())
     times = ('0000001', '0000002')
     expected = [f'network-snapshot-{t}-{std}.safetensors' for t in times for std in ('0.050', '0.100')]

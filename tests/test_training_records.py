@@ -53,8 +53,8 @@ def test_losses_by_noise_level_by_hand():
     assert by_noise['mse'] == [1.5, None, None, None, None, 3.0, None, None, None, 5.5]
 
 
-def test_records_split_the_loss_by_noise_level(config, run):
-    for record in read_stats(run('bins', config)):
+def test_records_split_the_loss_by_noise_level(config, finished):
+    for record in read_stats(finished('bins')):
         by_noise = record['by_noise']
         assert sum(by_noise['images']) == config.status
         for name in ('loss', 'mse'):
@@ -281,8 +281,8 @@ def test_plan_of_a_published_run():
     assert rows['states'] == '5, of which 2 stay, 11.4 GiB each, 22.9 GiB together'
 
 
-def test_planned_files_are_what_a_run_writes(config, run):
-    folder = run('sizes', config)
+def test_planned_files_are_what_a_run_writes(config, finished):
+    folder = finished('sizes')
     rows = dict(plan(config, 1))
     for kind, pattern, count in (('snapshots', 'network-snapshot-*', 4), ('states', 'training-state-*', 2)):
         files = list(folder.glob(pattern))
