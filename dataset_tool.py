@@ -13,8 +13,8 @@ import numpy as np
 
 from dataset.files.archive import LATENT_CHANNELS, NPY, is_zip_name, shape_text
 from dataset.files.writer import DatasetWriter, work_folder
-from dataset.making.convert import FORMATS, Conversion, Recipe, content_key, estimate, recipe_problems
-from dataset.making.encode import encode_dataset
+from dataset.making.convert import FILE_FORMATS, Recipe, about_conversion, convert_images, estimate
+from dataset.making.encode import DOWNSAMPLING, encode_dataset
 from dataset.making.statistics import latent_statistics, pixel_statistics
 from dataset.making.transforms import COLORS, TRANSFORMS
 from dataset.reader import ImageDataset
@@ -29,8 +29,8 @@ from torch_utils import distributed
 from torch_utils.parallel import default_workers
 
 SOURCE_HELP = (
-    f'An embedded set ({", ".join(EMBEDDED)}; a folder so named: ./{EMBEDDED[0]}), or the path of: '
-    f'{", ".join(name for name in SOURCES if name not in EMBEDDED)}.'
+    f'An embedded set ({", ".join(EMBEDDED)}; a folder so named: ./{next(iter(EMBEDDED))}), or the path of: '
+    f'{", ".join(SOURCES)}.'
 )
 source_option = click.option('--source', required=True, metavar='|'.join([*EMBEDDED, 'PATH']), help=SOURCE_HELP)
 dest_option = click.option(
@@ -40,7 +40,7 @@ overwrite_option = click.option(
     '--overwrite', is_flag=True,
     help='Replace an existing zip, which stays until the new one is whole; forget a stopped run.',
 )  # fmt: skip
-resume_option = click.option('--resume', is_flag=True, help='Go on where the same command was stopped.')
+resume_option = click.option('--resume', is_flag=True, help='Continue where the same command was stopped.')
 workers_option = click.option(
     '--workers', type=click.IntRange(min=0), metavar='N',
     help='Processes beside this one; they change nothing in the result.  [default: as many as there are cores]',
@@ -66,7 +66,7 @@ def main() -> None:
 @click.option('--color', type=click.Choice(list(COLORS)),
               help='Leave grayscale and RGB as they are, all of one kind, or make all that.  '
               '[default: keep; rgb of ImageNet]')  # fmt: skip
-@click.option('--format', 'format_', type=click.Choice(FORMATS), default='png', show_default=True,
+@click.option('--format', 'format_', type=click.Choice(FILE_FORMATS), default='png', show_default=True,
               help='Of the images; npy is larger and faster to read.')  # fmt: skip
 @click.option('--keep-jpeg', is_flag=True, help='Keep JPEG files as they are, where nothing about them has to change.')
 @click.option('--max-images', type=click.IntRange(min=1), metavar='N',
@@ -86,8 +86,8 @@ def convert(
     transparency is laid over white; grayscale of 16 or 32 bits is refused. All images must have one size and one mode
     after that.
 
-    The dataset appears whole or not at all, and equal input gives equal bytes. After Ctrl-C or an error, what was done
-    of a large one can be gone on with (--resume).
+    The dataset appears whole or not at all, and equal input gives equal bytes. After Ctrl-C or an error, the same
+    command with --resume continues a large one.
 
     \b
     python dataset_tool.py convert --source=digits --dest=data/digits.zip --resolution=16
@@ -105,11 +105,12 @@ def convert(
     if max_images is not None:
         indices = sorted(balanced_order(images)[:max_images])
     workers = default_workers(len(indices)) if workers is None else workers
-    with DatasetWriter(dest, content_key(images, indices, recipe), resume, overwrite) as writer, _hint(writer):
+    with DatasetWriter(dest, about_conversion(images, indices, recipe), resume, overwrite) as writer, _hint(writer):
         if about := estimate(images, indices, recipe):
-            shape = f'{shape_text(*about.shape)} {format_.upper()}'
-            _print_estimate(dest, f'{about.count} images of {images.name} as {shape}', about.size)
-        done = Conversion(images, indices, recipe, skip_broken, workers).write(writer)
+            shape, size = about
+            what = f'{len(indices)} images of {images.name} as {shape_text(*shape)} {format_.upper()}'
+            _print_estimate(dest, what, size)
+        done = convert_images(images, indices, recipe, writer, skip_broken, workers)
     print(f'{dest}: {done.count} images of {shape_text(*done.shape)}')
     print('\n'.join(class_lines(done.labels, images.class_names)))
     if done.skipped:
@@ -152,12 +153,13 @@ def encode(
         name = Path(vae).resolve().name if vae else DEFAULT_VAE
         workers = min(default_workers(len(dataset)), 4) if workers is None else workers
         channels, height, width = dataset.image_shape
-        size = len(dataset) * (4 * LATENT_CHANNELS * (height // 8) * (width // 8) + 300)
+        height, width = height // DOWNSAMPLING, width // DOWNSAMPLING
+        size = len(dataset) * (4 * LATENT_CHANNELS * height * width + 300)
         if distributed.rank() == 0 and channels == 3:
             _print_estimate(dest, f'{len(dataset)} images of {dataset.name} as latents', size)
         statistics = encode_dataset(dataset, dest, encoder, name, chosen, batch, resume, overwrite, workers)
         if statistics:
-            print(f'{dest}: {len(dataset)} images of {shape_text(height // 8, width // 8, LATENT_CHANNELS)}')
+            print(f'{dest}: {len(dataset)} images of {shape_text(height, width, LATENT_CHANNELS)}')
             print('\n'.join(statistics.lines()))
 
 
@@ -212,7 +214,7 @@ def _check_convert(
         problems.append(f'--transform={transform} needs --resolution')
     size = (int(match[1]), int(match[2] or match[1])) if match else None
     if size or transform == 'none':
-        problems += recipe_problems(Recipe(size, transform, color or 'keep', format_, keep_jpeg))
+        problems += Recipe(size, transform, color or 'keep', format_, keep_jpeg).problems()
     if problems:
         raise UserError(problems)
     return size
@@ -226,12 +228,12 @@ def _note_namesake(source: str) -> None:
 
 
 def _dest_problems(dest: str, overwrite: bool, resume: bool) -> list[str]:
-    """What is in the way of writing to `dest`."""
+    """What keeps `dest` from being written."""
     path, problems = Path(dest), []
-    if path.name in ('', '..'):  # there would be no place beside it to work in
+    if path.name in ('', '..'):  # there would be no place for work beside it
         problems.append(f'--dest={dest} has no name of its own; name a new folder, or a zip')
     if resume and overwrite:
-        problems.append('--resume goes on, --overwrite begins anew; choose one')
+        problems.append('--resume continues, --overwrite begins anew; choose one')
     if is_zip_name(dest) and path.is_file() and not (overwrite or resume):
         problems.append(f'{dest} exists; add --overwrite to replace it')
     if is_zip_name(dest) and path.is_dir():
@@ -244,13 +246,13 @@ def _dest_problems(dest: str, overwrite: bool, resume: bool) -> list[str]:
 
 
 def _is_whole(dest: str, resume: bool) -> bool:
-    """Whether there is nothing to go on with, because the dataset is there; say so."""
+    """Whether there is nothing to continue, because the dataset is complete; say so."""
     path = Path(dest)
     whole = resume and (path.is_file() or (path.is_dir() and any(path.iterdir())))
     if whole and work_folder(dest).exists():
         raise UserError(f'{dest} exists, and {work_folder(dest)} of a stopped run too; remove one of them')
     if whole and distributed.rank() == 0:
-        print(f'{dest} is there already, nothing to go on with')
+        print(f'{dest} is complete, there is nothing to continue')
     return whole
 
 
@@ -268,12 +270,12 @@ def _megabytes(size: int) -> str:
 
 @contextmanager
 def _hint(writer: DatasetWriter) -> Iterator[None]:
-    """Where the work was stopped, but can be gone on with, say so."""
+    """Where the work was stopped, but can be continued, say so."""
     try:
         yield
     except (UserError, OSError, KeyboardInterrupt):
         if writer.state:
-            click.echo(f'stopped after {writer.count} images; the same command with --resume goes on', err=True)
+            click.echo(f'stopped after {writer.count} images; the same command with --resume continues', err=True)
         raise
 
 

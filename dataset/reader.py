@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.files.archive import LATENT_CHANNELS, Archive, shape_text
-from dataset.files.index import check_exists, open_index
+from dataset.files.archive import Archive, encoder_of, shape_text
+from dataset.files.index import open_index
 from dnnlib.errors import UserError
 
 
@@ -18,7 +18,7 @@ class ImageDataset(torch.utils.data.Dataset):
     float32 [8, H, W]: mean and standard deviation, from which every visit draws (training/inputs.py). Images are in
     the order of their names, and are decoded when they are asked for; opening reads the file list, the labels and one
     image, or, of a large dataset opened before, an index that lies beside it (dataset/files/index.py). Safe to use
-    in the workers of a DataLoader.
+    in the workers of a DataLoader. A UserError names a file that is damaged or of another shape than the first.
 
     Args:
         path: Folder or zip.
@@ -28,32 +28,26 @@ class ImageDataset(torch.utils.data.Dataset):
         name: The last part of the path, without `.zip`.
         names: Names of the image files, sorted.
         image_shape: (C, H, W) of every image as a network sees it; C is 1 or 3, or 4 of latents.
-        encoder: Name of the encoder (networks/encoders.py) between the images and what a network sees.
+        encoder: Name of the encoder (networks/encoders.py) between the images and what a network sees: `rgb` of images.
         labels: Class indices, int64 [N], or None.
         num_classes: Highest class index + 1; 0 without labels.
         made_with: What `dataset_tool.py` noted of how it was made; {} where there is no such note.
         fingerprint: 16 hexadecimal digits that change with names, file sizes or labels; see `DatasetIndex`.
-
-    Raises:
-        UserError: where the archive, its `dataset.json` or its first image cannot be used; on reading an image, where
-            that is damaged or of another shape than the first.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         self.name = Path(self.path).resolve().name.removesuffix('.zip')
-        check_exists(self.path)
         index = open_index(self.path)
         self._archive = Archive(self.path, index.files)
         self.names = index.files.names
-        self.labels = index.labels
+        self.labels, self.made_with = index.labels.classes, index.labels.made_with
         self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
-        self.made_with = index.made_with
         self.fingerprint = index.fingerprint
-        self._shape: tuple[int, int, int] = self._archive.read_pixels(0).shape  # as stored
-        latents = self._shape[0] == LATENT_CHANNELS
-        self.image_shape = (self._shape[0] // 2 if latents else self._shape[0], *self._shape[1:])
-        self.encoder = 'stabilityvae' if latents else 'rgb'
+        first = self._archive.read_pixels(0)
+        self._shape: tuple[int, int, int] = first.shape  # as stored
+        self.encoder = encoder_of(first)
+        self.image_shape = first.shape if self.encoder == 'rgb' else (first.shape[0] // 2, *first.shape[1:])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -63,11 +57,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return torch.from_numpy(image), -1 if self.labels is None else int(self.labels[index])
 
     def read(self, index: int) -> np.ndarray:
-        """The image, or the latents, as an array.
-
-        Raises:
-            UserError: naming it, where it is damaged or of another shape than the first.
-        """
+        """The image, or the latents, as an array."""
         image = self._archive.read_pixels(index)
         if image.shape != self._shape:
             here, there = (shape_text(h, w, c) for c, h, w in (image.shape, self._shape))
@@ -77,11 +67,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def open_dataset(path: str, use_labels: bool) -> tuple[ImageDataset, int]:
-    """Open the training data and tell the number of classes to train with, 0 for none.
-
-    Raises:
-        UserError: where the data cannot be used, or have no labels although they shall be used.
-    """
+    """Open the training data and tell the number of classes to train with, 0 for none."""
     dataset = ImageDataset(path)
     if use_labels and not dataset.num_classes:
         raise UserError(f'{path} has no labels; train with --cond=False, or convert folders of classes')

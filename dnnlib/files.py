@@ -4,10 +4,11 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dnnlib.errors import UserError
 
@@ -45,6 +46,25 @@ def named_errors(path: str | os.PathLike) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a file for reading; a pipe or a device, which may have no end, is refused with a UserError."""
+    without_waiting = getattr(os, 'O_NONBLOCK', 0)  # for someone to write into a pipe
+    file = open(path, 'rb', opener=lambda name, flags: os.open(name, flags | without_waiting))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f'{os.fspath(path)} is not a regular file')
+    return file
+
+
+def read_regular(path: str | os.PathLike, most: int) -> bytes:
+    """The content of a regular file of at most that many bytes; a larger one is refused with a UserError."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise UserError(f'{os.fspath(path)} has {size} bytes, more than the {most} that are read')
+        return file.read()
 
 
 @contextlib.contextmanager

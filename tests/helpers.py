@@ -3,12 +3,14 @@
 import io
 import json
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
 
+from dataset.files.writer import DatasetWriter, encode_png
 from metrics.inception import InceptionV3
 from networks.config import NetworkConfig
 from networks.edm2.config import EDM2Config
@@ -38,6 +40,14 @@ def make_archive(path: Path, count: int, classes: int, shape: tuple[int, int, in
         if classes:
             archive.writestr('dataset.json', json.dumps({'labels': labels}))
     return path
+
+
+def write_dataset(path: Path, images: Iterable[np.ndarray], labels: np.ndarray | None) -> None:
+    """Write uint8 [H, W, C] images as PNGs with `dataset.json`."""
+    with DatasetWriter(path) as writer:
+        for image in images:
+            writer.add('.png', encode_png(image))
+        writer.finish(labels)
 
 
 def make_latents(path: Path, count: int, side: int = 8) -> Path:

@@ -345,13 +345,14 @@ def test_an_empty_folder_is_filled(tmp_path, photos):
 @pytest.mark.parametrize(('stop', 'status'), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 @pytest.mark.parametrize('dest', ['out.zip', 'out'])
 def test_stopped_convert_leaves_no_dataset(tmp_path, photos, stop, status, dest):
-    os.mkfifo(photos / 'cat' / '99.png')  # whoever reads it waits
-    command = [sys.executable, 'dataset_tool.py', 'convert', f'--source={photos}', f'--dest={tmp_path / dest}']
+    slow = 'import time, dataset_tool; from dataset.files.archive import Archive; '
+    slow += 'Archive.read = lambda *_: time.sleep(60); dataset_tool.cli.run(dataset_tool.main)'
+    command = [sys.executable, '-c', slow, 'convert', f'--source={photos}', f'--dest={tmp_path / dest}']
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob('.out*')) and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(0.1)  # to reach the pipe
+    time.sleep(0.1)  # to reach the first image
     process.send_signal(stop)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status and b'Traceback' not in errors
@@ -380,10 +381,10 @@ def test_name_too_long(tmp_path, capsys):
 
 @pytest.mark.parametrize('dest', ['out.zip', 'out'])
 def test_errors_of_reading_are_not_blamed_on_the_output(tmp_path, photos, capsys, monkeypatch, dest):
-    def fail(path):
+    def fail(path, most):
         raise OSError(errno.EIO, 'Input/output error')  # as read() does, without the file's name
 
-    monkeypatch.setattr(Path, 'read_bytes', fail)
+    monkeypatch.setattr('dataset.files.archive.read_regular', fail)
     error = refused(capsys, 'convert', f'--source={photos}', f'--dest={tmp_path / dest}')
     assert f'{photos}/ant/06.png: Input/output error' in error
 

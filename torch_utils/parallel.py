@@ -2,9 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from dnnlib.errors import UserError
 
 
 def default_workers(count: int) -> int:
@@ -13,35 +16,60 @@ def default_workers(count: int) -> int:
     return min(cores, 16) if count >= 500 and cores > 1 else 0
 
 
-def in_order(function: Callable[[Any], Any], items: Sequence[Any], workers: int = 0) -> Iterator[Any]:
+def in_order(
+    function: Callable[[Any], Any], items: Sequence[Any], workers: int = 0, chunk: int = 1, keep_errors: bool = False
+) -> Iterator[Any]:
     """Yield `function(item)` of each item, in the order of the items whatever the number of processes.
 
+    A UserError or OSError is raised at its item's turn, or, with `keep_errors`, yielded.
+
     Args:
-        function: Picklable. What it raises in another process arrives with that one's traceback in its message, so
-            let it return what is meant for users.
+        function: Picklable.
         items: Picklable too.
         workers: Processes beside this one; 0 does the work here. They end with the iterator, and with this process.
+        chunk: Items that a process takes at a time.
+        keep_errors: Yield errors in place of results.
     """
-    if not workers:
-        yield from map(function, items)
-        return
-    yield from torch.utils.data.DataLoader(
-        _Calls(function, items),
-        sampler=range(len(items)),
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        generator=torch.Generator(),  # without one, a loader draws from the global stream as it starts
-    )
+    work = _Chunks(function, items, chunk)
+    chunks = map(work.__getitem__, range(len(work)))
+    if workers:
+        chunks = torch.utils.data.DataLoader(
+            work,
+            sampler=range(len(work)),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            generator=torch.Generator(),  # without one, a loader draws from the global stream as it starts
+        )
+    for results in chunks:
+        for result in results:
+            if isinstance(result, UserError | OSError) and not keep_errors:
+                raise result
+            yield result
 
 
-class _Calls(torch.utils.data.Dataset):
-    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]):
-        self.function = function
-        self.items = items
+@dataclass
+class _Chunks(torch.utils.data.Dataset):
+    """Results of the work on each chunk of the items.
 
-    def __getitem__(self, index: int) -> Any:
-        return self.function(self.items[index])
+    Errors are returned: raised in another process, one would arrive with a traceback for a message.
+    """
+
+    function: Callable[[Any], Any]
+    items: Sequence[Any]
+    chunk: int
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // self.chunk)
+
+    def __getitem__(self, index: int) -> list[Any]:
+        return [self._result(item) for item in self.items[index * self.chunk : (index + 1) * self.chunk]]
+
+    def _result(self, item: Any) -> Any:
+        try:
+            return self.function(item)
+        except (UserError, OSError) as error:
+            return error
 
 
 def _as_it_is(result: Any) -> Any:

@@ -1,35 +1,31 @@
-"""The dataset layout on disk: image files in a folder or a zip, and `dataset.json` with their labels.
+"""The dataset layout on disk: image files in a folder or a zip, and `dataset.json` with their labels (labels.py).
 
 A folder and a zip hold the same files:
 
     00000/img00000000.png
     00000/img00000001.png
     ...
-    dataset.json             {"labels": [["00000/img00000000.png", 6], ...]}, or null for no labels
+    dataset.json
 """
 
-import collections
 import contextlib
 import io
-import json
+import math
 import os
 import struct
 import warnings
 import zlib
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
 
 from dataset.files.file_table import FileTable, list_folder, list_zip
 from dataset.files.zip_format import DamagedZipError, read_member
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, quoted
+from dnnlib.files import read_regular
 
-LABEL_FILE = 'dataset.json'
-LABEL_EXAMPLE = '{"labels": [["00000/img00000000.png", 6], ...]}'
-ABOUT_KEY = 'edm2plus'  # in dataset.json: how the data set was made; other readers pass over it
 IMAGE_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.webp': 'WEBP', '.bmp': 'BMP'}
 FORMATS = tuple(sorted(set(IMAGE_FORMATS.values())))
 NPY = '.npy'
@@ -37,26 +33,24 @@ ENDINGS = frozenset({*IMAGE_FORMATS, NPY})
 MODE_CHANNELS = {'L': 1, 'RGB': 3}  # Pillow's names of 8-bit grayscale and colour
 LATENT_CHANNELS = 8  # four of mean, four of standard deviation
 CHANNEL_NAMES = {1: 'grayscale', 3: 'RGB', LATENT_CHANNELS: 'latents'}
+LARGEST_FILE = 2**28  # bytes, unpacked, of an image; as many as Pillow's limit on pixels allows
+LARGEST_LATENT = 1e4  # those of photographs stay below 100
 
 
 class Archive:
     """The files of a folder or a zip, readable from any process.
 
-    Hidden files, and the `__MACOSX` folders that macOS puts into zips, do not count.
+    Hidden files, and the `__MACOSX` folders that macOS puts into zips, are left out.
 
     Args:
         path: A folder (links inside it are followed) or a zip.
-        files: Those that shall be read, where they are known already.
+        files: Those that are to be read, where they are known already.
 
     Attributes:
         path: As given.
         files: All of them, sorted by name.
         folders: Below a folder, where it was looked into, '' and names that end in `/`; and their times, see
             `list_folder`.
-
-    Raises:
-        UserError: where `path` does not exist, is not a zip, is a damaged zip, or its links form a loop.
-        OSError: where it cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike, files: FileTable | None = None):
@@ -82,62 +76,50 @@ class Archive:
             os.close(self._file)
 
     def where(self, name: str) -> str:
-        """How messages call a file."""
-        return f'{self.path}/{name}'
+        """What messages call a file."""
+        return f'{self.path}/{quoted(name)}'
 
-    def rows_ending(self, endings: Container[str], what: str = 'images') -> list[int]:
-        """Rows in `files` of those whose names have one of these endings, in lower case.
-
-        Raises:
-            UserError: where there are none.
-        """
+    def rows_ending(self, endings: Container[str]) -> list[int]:
+        """Rows in `files` of images: those whose names have one of these endings, in lower case; at least one."""
         rows = [row for row, name in enumerate(self.files.names) if os.path.splitext(name)[1].lower() in endings]  # noqa: PTH122
         if not rows:
-            raise UserError(f'{self.path} holds no {what} ({", ".join(sorted(endings))})')
+            raise UserError(f'{self.path} holds no images ({", ".join(sorted(endings))})')
         return rows
 
-    def read(self, row: int) -> bytes:
-        """The content of the file in that row of `files`.
-
-        Raises:
-            UserError: where it is damaged, encrypted or packed in a way that is not known here.
-            OSError: with its name, where it cannot be read.
-        """
-        name = self.files.names[row]
+    def read(self, row: int, most: int = LARGEST_FILE) -> bytes:
+        """The content of the file in that row of `files`; one of more than `most` bytes, unpacked, is refused."""
+        where = self.where(self.files.names[row])
         try:
-            return Path(self.path, name).read_bytes() if self._is_folder else self._read_member(row)
+            if self._is_folder:
+                return read_regular(Path(self.path, self.files.names[row]), most)
+            return self._read_member(row, most)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, self.where(name)) from None
+            raise OSError(error.errno, error.strerror, where) from None
         except DamagedZipError as error:
-            raise UserError(f'{self.where(name)} cannot be read from its zip: {error}') from None
+            raise UserError(f'{where} cannot be read from its zip: {error}') from None
 
     def read_pixels(self, row: int) -> np.ndarray:
         """Decode an image file of a data set.
 
         Returns:
             uint8 [C, H, W] with one or three channels, or, of latents, float32 [8, H, W]: mean and standard deviation.
-
-        Raises:
-            UserError: with the file's name, where it is damaged, or not such an image.
         """
         name = self.files.names[row]
         data, where = self.read(row), self.where(name)
         return decode_npy(data, where) if name.lower().endswith(NPY) else decode_image(data, where)
 
-    def _read_member(self, row: int) -> bytes:
+    def _read_member(self, row: int, most: int) -> bytes:
         if self._file < 0:  # a fork inherits it, which does no harm: reading by place has no position to share
             self._file = os.open(self.path, os.O_RDONLY | getattr(os, 'O_CLOEXEC', 0))
         table = self.files
+        if table.sizes[row] > most:
+            raise DamagedZipError(f'it unpacks to {table.sizes[row]} bytes, more than the {most} that are read')
         columns = (table.offsets, table.packed, table.sizes, table.crcs, table.methods)
         return read_member(self._file, *(int(column[row]) for column in columns))
 
 
 def decode_image(data: bytes, where: str) -> np.ndarray:
-    """Decode an image file to uint8 [C, H, W] in memory of its own, without following its EXIF orientation.
-
-    Raises:
-        UserError: naming it as `where`, where it is damaged or not 8-bit grayscale or RGB.
-    """
+    """Decode an image file to uint8 [C, H, W] in memory of its own, without following its EXIF orientation."""
     with image_errors(where), PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
         image.load()
     if image.mode not in MODE_CHANNELS:
@@ -147,24 +129,33 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
 
 
 def decode_npy(data: bytes, where: str) -> np.ndarray:
-    """Decode a NumPy file to uint8 [C, H, W], C 1 or 3, or float32 [8, H, W]; nothing is unpickled.
-
-    Raises:
-        UserError: naming it as `where`, where it is damaged, of Python objects, or of another shape or type.
-    """
+    """Decode a NumPy file to uint8 [C, H, W], C 1 or 3, or latents, float32 [8, H, W]; nothing is unpickled."""
+    file = io.BytesIO(data)
     try:
-        with io.BytesIO(data) as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
-            rest = len(file.read(1))
-    except (ValueError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError) as error:
+        oldest = np.lib.format.read_magic(file) == (1, 0)
+        read_header = np.lib.format.read_array_header_1_0 if oldest else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(file)
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         raise UserError(f'{where} cannot be decoded: {str(error).splitlines()[0]}') from None
-    kind = (array.dtype.str[1:], array.shape[0]) if array.ndim == 3 and array.size else None
-    if kind not in (('u1', 1), ('u1', 3), ('f4', LATENT_CHANNELS)) or rest:
+    kinds = (('u1', 3, 1), ('u1', 3, 3), ('f4', 3, LATENT_CHANNELS))
+    if (dtype.str[1:], len(shape), *shape[:1]) not in kinds or 0 in shape:
         raise UserError(
-            f'{where} is {array.dtype} {list(array.shape)}; uint8 [1 or 3, H, W] are images, '
+            f'{where} is {dtype} {quoted(list(shape))}; uint8 [1 or 3, H, W] are images, '
             f'float32 [{LATENT_CHANNELS}, H, W] latents (mean, standard deviation)'
         )
-    return np.ascontiguousarray(array, array.dtype.newbyteorder('='))
+    have, needed = len(data) - file.tell(), math.prod(shape) * dtype.itemsize
+    if have != needed:
+        raise UserError(f'{where} cannot be decoded: it has {have} bytes for {dtype} {quoted(list(shape))}')
+    flat = np.frombuffer(data, dtype, offset=file.tell())
+    array = np.array(flat.reshape(shape, order='F' if fortran else 'C'), dtype.newbyteorder('='), order='C')
+    if encoder_of(array) != 'rgb' and not np.abs(array).max() < LARGEST_LATENT:  # also where it is NaN
+        raise UserError(f'{where} holds latents that are not finite, or beyond {LARGEST_LATENT:g}')
+    return array
+
+
+def encoder_of(array: np.ndarray) -> str:
+    """Name of the encoder (networks/encoders.py) whose output is stored: float32 are latents, uint8 images."""
+    return 'stabilityvae' if array.dtype == np.float32 else 'rgb'
 
 
 @contextlib.contextmanager
@@ -180,60 +171,6 @@ def image_errors(where: str, formats: Sequence[str] = FORMATS) -> Iterator[None]
         raise UserError(f'{where} has too many pixels: {error}') from None
     except (OSError, SyntaxError, ValueError, LookupError, EOFError, RuntimeError, struct.error, zlib.error) as error:
         raise UserError(f'{where} cannot be decoded: {error}') from None
-
-
-def read_label_file(archive: Archive, names: Sequence[str]) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """What `dataset.json` says of the images `names`.
-
-    Returns:
-        Class indices, int64 [N], or None where it gives none; and how the data set was made, {} where that is not said.
-
-    Raises:
-        UserError: where `dataset.json` cannot be read, has a label that is not a class index, or does not name
-            exactly these images.
-    """
-    row = archive.files.find(LABEL_FILE)
-    if row is None:
-        return None, {}
-    where = archive.where(LABEL_FILE)
-    try:
-        content = json.loads(archive.read(row))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{where} is not JSON: {error}') from None
-    pairs = content.get('labels') if isinstance(content, dict) else ()
-    about = content.get(ABOUT_KEY) if isinstance(content, dict) else None
-    about = about if isinstance(about, dict) else {}
-    if pairs is None:
-        return None, about
-    if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
-        raise UserError(f'{where} does not say which image has which label; it should read like {LABEL_EXAMPLE}')
-    labels = dict(pairs)
-    problems = [f'{where} {problem}' for problem in _label_problems(pairs, labels, names)]
-    if problems:
-        raise UserError(problems)
-    return np.fromiter((labels[name] for name in names), np.int64, len(names)), about
-
-
-def _is_pair(pair: object) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
-
-
-def _label_problems(pairs: list, labels: dict[str, object], names: Sequence[str]) -> Iterator[str]:
-    known = set(names)
-    # type(), because to isinstance True is an int
-    wrong = [name for name, label in pairs if type(label) is not int or not 0 <= label < 2**31]
-    if wrong:
-        label = labels[wrong[0]]
-        yield f'has {len(wrong)} labels that are not whole numbers from 0 up, for instance {label!r} of {wrong[0]}'
-    if len(labels) < len(pairs):
-        name = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-        yield f'has more than one label for an image, for instance {name}'
-    missing = [name for name in names if name not in labels]
-    if missing:
-        yield f'has no label for {len(missing)} of {len(names)} images, for instance {missing[0]}'
-    extra = [name for name in labels if name not in known]
-    if extra:
-        yield f'has labels for {len(extra)} images that are not there, for instance {extra[0]}'
 
 
 def shape_text(height: int, width: int, channels: int) -> str:

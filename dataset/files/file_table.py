@@ -4,14 +4,16 @@ import bisect
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import struct
+import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from dataset.files.zip_format import read_directory
-from dnnlib.errors import UserError
+from dataset.files.zip_format import ENCRYPTED
+from dnnlib.errors import UserError, quoted
+from dnnlib.files import open_regular
 
 ENCODING = ('utf-8', 'surrogateescape')  # file names that are not UTF-8 keep their bytes
 
@@ -52,10 +54,7 @@ class Names(Sequence):
             start = end
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
-
-    def __repr__(self) -> str:
-        return f'<{len(self)} names, {self[0]} to {self[-1]}>' if len(self) else '<no names>'
+        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,11 @@ class FileTable:
 
     Attributes:
         names: Relative, with `/`.
-        sizes: Bytes of each file, int64 [N].
-        offsets, packed, crcs, methods: Places in a zip, see `zip_format.ZipEntries`; [0] for a folder.
+        sizes: Bytes of each file, unpacked, int64 [N].
+        offsets: Of the local headers in a zip, int64 [N]; this and what follows is [0] for a folder.
+        packed: Bytes in the zip, int64 [N].
+        crcs: CRC-32 of the unpacked content, uint32 [N].
+        methods: How it is packed: zipfile's numbers, or ENCRYPTED; uint8 [N].
     """
 
     names: Names
@@ -92,35 +94,36 @@ class FileTable:
 
 
 def list_zip(path: str | os.PathLike) -> FileTable:
-    """The files of a zip; hidden ones, and the `__MACOSX` folders that macOS puts there, do not count.
+    """The files of a zip; hidden ones, and the `__MACOSX` folders that macOS puts there, are left out."""
+    with open_regular(path) as file:
+        if file.read(2) != b'PK':
+            raise UserError(f'{path} is neither a folder nor a zip')
+        try:
+            entries = [entry for entry in zipfile.ZipFile(file).infolist() if not entry.is_dir()]
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+            raise UserError(f'{path} is cut short or damaged: {error}') from None
+        end = file.seek(0, os.SEEK_END)
+    _refuse(path, 'lead out of it', [entry.filename for entry in entries if _leads_out(entry.filename)])
+    entries = sorted((entry for entry in entries if not _is_hidden(entry.filename)), key=lambda entry: entry.filename)
+    names = [entry.filename for entry in entries]
+    _refuse(path, 'are there more than once', sorted({a for a, b in itertools.pairwise(names) if a == b}))
+    cut = [entry.filename for entry in entries if not 0 <= entry.header_offset <= end - entry.compress_size]
+    _refuse(path, 'are of files beyond its end or beginning', cut)
+    numbers = np.fromiter(itertools.chain.from_iterable(map(_numbers, entries)), np.int64, 5 * len(entries))
+    sizes, offsets, packed, crcs, methods = (column.copy() for column in numbers.reshape(-1, 5).T)
+    names = Names.of([name.encode(*ENCODING) for name in names])
+    return FileTable(names, sizes, offsets, packed, crcs.astype(np.uint32), methods.astype(np.uint8))
 
-    Raises:
-        UserError: where it is no zip, is damaged, or has a name twice or one that leads out of it.
-        OSError: where it cannot be read.
-    """
-    entries = read_directory(path)
-    names = entries.names
-    outside = [name for name in names if _leads_out(name)]
-    if outside:
-        name = outside[0].decode(*ENCODING)
-        raise UserError(f'{path} holds {len(outside)} names that lead out of it, for instance {name}')
-    rows = sorted((i for i, name in enumerate(names) if not _is_hidden(name)), key=names.__getitem__)
-    twice = [names[a] for a, b in itertools.pairwise(rows) if names[a] == names[b]]
-    if twice:
-        name = twice[0].decode(*ENCODING)
-        raise UserError(f'{path} holds {len(set(twice))} names more than once, for instance {name}')
-    columns = (entries.sizes, entries.offsets, entries.packed, entries.crcs, entries.methods)
-    return FileTable(Names.of([names[i] for i in rows]), *(column[rows] for column in columns))
+
+def _numbers(entry: zipfile.ZipInfo) -> tuple[int, ...]:
+    method = ENCRYPTED if entry.flag_bits & 1 else min(entry.compress_type, 255)
+    return entry.file_size, entry.header_offset, entry.compress_size, entry.CRC, method
 
 
 def list_folder(path: str | os.PathLike) -> tuple[FileTable, dict[str, int]]:
     """The files below a folder, links followed and hidden ones left out, and all folders that were looked into.
 
     Of each folder there is the time it was changed before it was looked into, in ns.
-
-    Raises:
-        UserError: where links form a loop.
-        OSError: where a folder in it cannot be read.
     """
     folders: dict[str, int] = {}
     files = sorted(_walk(os.fspath(path), folders))
@@ -138,7 +141,7 @@ def _walk(
     folders[prefix] = os.stat(root).st_mtime_ns  # noqa: PTH116 (a million)
     with os.scandir(root) as entries:
         for entry in entries:
-            if _is_hidden(entry.name.encode(*ENCODING)):
+            if _is_hidden(entry.name):
                 continue
             name = f'{prefix}{entry.name}'
             if entry.is_dir():
@@ -147,29 +150,18 @@ def _walk(
                 yield name.encode(*ENCODING), entry.stat().st_size
 
 
-def _is_hidden(name: bytes) -> bool:
-    if not name.startswith(b'.') and b'/.' not in name and b'__MACOSX' not in name:
+def _is_hidden(name: str) -> bool:
+    if not name.startswith('.') and '/.' not in name and '__MACOSX' not in name:
         return False
-    return any(part.startswith(b'.') or part == b'__MACOSX' for part in name.split(b'/'))
+    return any(part.startswith('.') or part == '__MACOSX' for part in name.split('/'))
 
 
-def _leads_out(name: bytes) -> bool:
-    return name.startswith(b'/') or (b'..' in name and b'..' in name.replace(b'\\', b'/').split(b'/')) or b'\0' in name
+def _leads_out(name: str) -> bool:
+    return name.startswith('/') or ('..' in name and '..' in name.replace('\\', '/').split('/'))
 
 
-def describe_state(path: str | os.PathLike, folders: Iterable[str] = ()) -> dict:
-    """What a list of files was valid for: size and time of a zip, times of all folders, in JSON's types.
-
-    Args:
-        path: Folder or zip.
-        folders: Of a folder, those below it, as `list_folder` gives them.
-    """
-    if not Path(path).is_dir():
-        about = Path(path).stat()
-        return {'size': about.st_size, 'mtime_ns': about.st_mtime_ns}
-    labels = Path(path, 'dataset.json')
-    about = labels.stat() if labels.exists() else None
-    return {
-        'folders': {folder: Path(path, folder).stat().st_mtime_ns for folder in folders},
-        'labels': about and [about.st_size, about.st_mtime_ns],
-    }
+def _refuse(path: str | os.PathLike, why: str, names: list[str]) -> None:
+    if names:
+        raise UserError(
+            f'{path} is cut short or damaged: {len(names)} of its names {why}, for instance {quoted(names[0])}'
+        )

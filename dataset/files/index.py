@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataset.files.archive import ENDINGS, NPY, Archive, read_label_file
-from dataset.files.file_table import FileTable, Names, describe_state
+from dataset.files.archive import ENDINGS, NPY, Archive
+from dataset.files.file_table import FileTable, Names
+from dataset.files.labels import LABEL_FILE, Labels, read_labels
 from dnnlib.errors import UserError
 from torch_utils.tensor_files import TensorFile, UnreadableFileError, save_tensors
 
@@ -32,15 +33,13 @@ class DatasetIndex:
 
     Attributes:
         files: The image files, sorted by name.
-        labels: Class indices, int64 [N], or None.
-        made_with: How it was made, as `dataset_tool.py` wrote it; {} where it does not say.
+        labels: What `dataset.json` says of them.
         fingerprint: 16 hexadecimal digits that change with names, file sizes or labels, and for NPY, the sizes of which
             are all the same, with `made_with`.
     """
 
     files: FileTable
-    labels: np.ndarray | None
-    made_with: Mapping[str, Any]
+    labels: Labels
     fingerprint: str
 
 
@@ -54,15 +53,14 @@ def open_index(path: str | os.PathLike) -> DatasetIndex:
     """Load the index of a folder or zip, or make it, and keep that of a large one where that can be written.
 
     Several processes may do so at once: the file appears whole, and all make the same.
-
-    Raises:
-        UserError: where the dataset cannot be used.
-        OSError: where it cannot be read.
     """
+    if not Path(path).exists():
+        how = f'python dataset_tool.py convert --source=digits --dest={path}'
+        raise UserError(f'dataset {path} does not exist; make one, for instance with: {how}')
     kept = _load(path)
     if kept is not None:
         return kept
-    before = describe_state(path)
+    before = _state(path)
     archive = Archive(path)
     index = _make(archive)
     if len(index.files) < KEEP_FROM:
@@ -74,33 +72,41 @@ def open_index(path: str | os.PathLike) -> DatasetIndex:
 
 
 def _make(archive: Archive) -> DatasetIndex:
-    rows = archive.rows_ending(ENDINGS)
-    files = archive.files.select(rows)
-    labels, made_with = read_label_file(archive, files.names)
-    return DatasetIndex(files, labels, made_with, _fingerprint(files, labels, made_with))
-
-
-def _fingerprint(files: FileTable, labels: np.ndarray | None, made_with: Mapping[str, Any]) -> str:
+    files = archive.files.select(archive.rows_ending(ENDINGS))
+    labels = read_labels(archive, files.names)
     digest = hashlib.blake2b(digest_size=8)
-    classes = [None] * len(files) if labels is None else labels.tolist()
+    classes = [None] * len(files) if labels.classes is None else labels.classes.tolist()
     for name, size, label in zip(files.names, files.sizes.tolist(), classes, strict=True):
         digest.update(repr((name, size, label)).encode(errors='surrogateescape'))
     if files.names[0].endswith(NPY):
-        digest.update(json.dumps(made_with, sort_keys=True).encode())
-    return digest.hexdigest()
+        digest.update(json.dumps(labels.made_with, sort_keys=True).encode())
+    return DatasetIndex(files, labels, digest.hexdigest())
+
+
+def _state(path: str | os.PathLike, folders: Iterable[str] = ()) -> dict:
+    """What an index is valid for: size and time of a zip, times of all `folders` of a folder, in JSON's types."""
+    if not Path(path).is_dir():
+        about = Path(path).stat()
+        return {'size': about.st_size, 'mtime_ns': about.st_mtime_ns}
+    labels = Path(path, LABEL_FILE)
+    about = labels.stat() if labels.exists() else None
+    return {
+        'folders': {folder: Path(path, folder).stat().st_mtime_ns for folder in folders},
+        'labels': about and [about.st_size, about.st_mtime_ns],
+    }
 
 
 def _save(index: DatasetIndex, state: Mapping[str, Any], path: Path) -> None:
     names = index.files.names
     arrays = {'text': names.text, 'ends': names.ends, **{name: getattr(index.files, name) for name in COLUMNS}}
-    if index.labels is not None:
-        arrays['labels'] = index.labels
-    arrays['crcs'] = arrays['crcs'].view(np.int32) if len(arrays['crcs']) else arrays['crcs']
+    if index.labels.classes is not None:
+        arrays['labels'] = index.labels.classes
+    arrays['crcs'] = arrays['crcs'].view(np.int32)
     header = {
         'kind': 'dataset index',
         'version': VERSION,
         'state': state,
-        'made_with': index.made_with,
+        'made_with': index.labels.made_with,
         'fingerprint': index.fingerprint,
     }
     save_tensors(path, {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, header)
@@ -108,29 +114,16 @@ def _save(index: DatasetIndex, state: Mapping[str, Any], path: Path) -> None:
 
 def _load(path: str | os.PathLike) -> DatasetIndex | None:
     """The kept index, None where there is none that holds for the dataset as it is now."""
-    kept = index_path(path)
     try:
-        file = TensorFile(kept, 'dataset index')
-        header = file.header
-        if header.get('version') != VERSION or header.get('kind') != 'dataset index':
-            return None
-        if header['state'] != describe_state(path, header['state'].get('folders', ())):
-            return None
-        arrays = {name: tensor.numpy() for name, tensor in file.items()}
-    except (OSError, UnreadableFileError):
+        with TensorFile(index_path(path), 'dataset index') as file:
+            header = file.header
+            if (header['version'], header['kind']) != (VERSION, 'dataset index'):
+                return None
+            if header['state'] != _state(path, header['state'].get('folders', ())):
+                return None
+            arrays = {name: tensor.numpy() for name, tensor in file.items()}
+        arrays['crcs'] = arrays['crcs'].view(np.uint32)
+        table = FileTable(Names(arrays['text'], arrays['ends']), **{name: arrays[name] for name in COLUMNS})
+        return DatasetIndex(table, Labels(arrays.get('labels'), header['made_with']), header['fingerprint'])
+    except (OSError, UnreadableFileError, KeyError, TypeError, AttributeError):
         return None
-    crcs = arrays['crcs'].view(np.uint32) if len(arrays['crcs']) else arrays['crcs']
-    table = FileTable(Names(arrays['text'], arrays['ends']), **{name: arrays[name] for name in COLUMNS[:3]}, crcs=crcs,
-                      methods=arrays['methods'])  # fmt: skip
-    return DatasetIndex(table, arrays.get('labels'), header['made_with'], header['fingerprint'])
-
-
-def check_exists(path: str | os.PathLike) -> None:
-    """Say how to make a dataset where there is none.
-
-    Raises:
-        UserError: where `path` does not exist.
-    """
-    if not Path(path).exists():
-        how = f'python dataset_tool.py convert --source=digits --dest={path}'
-        raise UserError(f'dataset {path} does not exist; make one, for instance with: {how}')

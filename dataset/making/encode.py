@@ -1,9 +1,9 @@
 """From a dataset of images to a dataset of latents, on any number of ranks."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,12 @@ from torch_utils import distributed
 from torch_utils.parallel import in_order
 from torch_utils.tensor_files import TensorFile, UnreadableFileError, save_tensors
 
-CHUNK = 250  # images that a rank encodes before it writes them down; no work is lost beyond these
-DOWNSAMPLING = 8  # of the VAE
+CHUNK = 250  # images that a rank encodes before it writes them; no more than these are lost
+DOWNSAMPLING = 8  # by the VAE
 
 
 def refuse_unfit(dataset: ImageDataset) -> None:
-    """Check that a VAE takes the images of a dataset.
-
-    Raises:
-        UserError: where they are latents, not RGB, or not of a multiple of 8 pixels.
-    """
+    """Check that a VAE takes the images of a dataset: RGB, sides multiples of 8 pixels."""
     channels, height, width = dataset.image_shape
     if dataset.encoder != 'rgb':
         raise UserError(f'{dataset.path} holds latents already')
@@ -39,8 +35,8 @@ def refuse_unfit(dataset: ImageDataset) -> None:
         raise UserError(f'images of {width}x{height} cannot be encoded: sides must be multiples of {DOWNSAMPLING}')
 
 
-def content_key(dataset: ImageDataset, vae: str, encoder: Encoder) -> dict[str, Any]:
-    """What the latents depend on, for going on with an encoding."""
+def about_encoding(dataset: ImageDataset, vae: str, encoder: Encoder) -> dict[str, Any]:
+    """What the latents depend on."""
     weights = hashlib.blake2b(digest_size=8)
     state_dict = getattr(getattr(encoder, 'vae', None), 'state_dict', dict)
     for name, tensor in sorted(state_dict().items()):
@@ -66,7 +62,7 @@ def encode_dataset(
 
     Args:
         dataset: Images.
-        dest, resume, overwrite: See `DatasetWriter`; chunks of a stopped encoding are not made again.
+        dest, resume, overwrite: See `DatasetWriter`; chunks of an interrupted encoding are not made again.
         encoder: On `device`.
         vae: What to call it in the notes of the dataset.
         device: Of this rank.
@@ -75,13 +71,9 @@ def encode_dataset(
 
     Returns:
         Statistics of the latents, on rank 0; None on others.
-
-    Raises:
-        UserError: where the images are not fit, one is broken, or going on is refused.
-        OSError: where files cannot be read or written.
     """
     refuse_unfit(dataset)
-    about = content_key(dataset, vae, encoder)
+    about = about_encoding(dataset, vae, encoder)
     chunks = [range(i, min(i + CHUNK, len(dataset))) for i in range(0, len(dataset), CHUNK)]
     folder = work_folder(dest)
     if distributed.rank():
@@ -90,7 +82,7 @@ def encode_dataset(
         distributed.barrier()
         return None
     with DatasetWriter(dest, about, resume, overwrite) as writer:
-        writer.checkpoint(writer.state)  # from here on, what is done is kept
+        writer.checkpoint(writer.state)  # from here on, finished work is kept
         distributed.barrier()
         _encode_chunks(dataset, chunks, folder, encoder, device, batch, workers)
         distributed.barrier()
@@ -102,7 +94,7 @@ def _chunk_path(folder: Path, chunk: range) -> Path:
 
 
 def _is_done(folder: Path, chunk: range, count: int) -> bool:
-    """Whether a chunk is written down, or in the dataset of `count` images already."""
+    """Whether a chunk is written, or in the dataset of `count` images already."""
     if chunk.stop <= count:
         return True
     try:
@@ -116,19 +108,18 @@ def _encode_chunks(
     dataset: ImageDataset, chunks: Sequence[range], folder: Path, encoder: Encoder, device: torch.device, batch: int,
     workers: int,
 ) -> None:  # fmt: skip
-    """Encode this rank's share of the chunks, and write each down."""
+    """Encode this rank's share of the chunks, and write each."""
     rank, world_size = distributed.rank(), distributed.world_size()
     count = read_journal(folder)['count']
     todo = [chunk for chunk in chunks[rank::world_size] if not _is_done(folder, chunk, count)]
     batches = [range(i, min(i + batch, chunk.stop)) for chunk in todo for i in range(chunk.start, chunk.stop, batch)]
+    images_of_batches = in_order(functools.partial(_read_batch, dataset), batches, workers)
     latents: list[torch.Tensor] = []
     with tqdm.tqdm(
         desc='encode' if world_size == 1 else 'encode (rank 0)',
         total=sum(map(len, todo)), unit='img', disable=True if rank else None,
     ) as bar:  # fmt: skip
-        for indices, images in zip(batches, in_order(_ReadImages(dataset), batches, workers), strict=True):
-            if isinstance(images, Exception):
-                raise images
+        for indices, images in zip(batches, images_of_batches, strict=True):
             latents.append(encoder.encode(torch.from_numpy(images).to(device)).float().cpu())
             bar.update(len(indices))
             chunk = chunks[indices.start // CHUNK]
@@ -137,17 +128,9 @@ def _encode_chunks(
                 latents = []
 
 
-@dataclass(frozen=True)
-class _ReadImages:
-    """The work of a reading process: images of one batch, uint8 [N, 3, H, W]."""
-
-    dataset: ImageDataset
-
-    def __call__(self, indices: Sequence[int]) -> np.ndarray | UserError | OSError:
-        try:
-            return np.stack([self.dataset.read(index) for index in indices])
-        except (UserError, OSError) as error:
-            return error
+def _read_batch(dataset: ImageDataset, indices: Sequence[int]) -> np.ndarray:
+    """uint8 [N, 3, H, W]."""
+    return np.stack([dataset.read(index) for index in indices])
 
 
 def _put_together(

@@ -1,17 +1,18 @@
 """What is in a source or a dataset: shape, mean and standard deviation, and some of its images."""
 
+import functools
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import tqdm
 
-from dataset.making.convert import CHUNK, Recipe, other_shape, read_image
+from dataset.making.convert import CHUNK, other_shape
+from dataset.making.transforms import normalize, to_uint8
 from dataset.reader import ImageDataset
 from dataset.sources.source import Source
-from dnnlib.errors import UserError
 from networks.encoders import SIGMA_DATA, sample_latents
 from torch_utils.parallel import in_order
 
@@ -34,42 +35,6 @@ class PixelStatistics:
     kept: dict[int, np.ndarray]
 
 
-@dataclass
-class _Sums:
-    first: tuple[str, tuple[int, int, int]] | None = None
-    total: int = 0
-    squares: int = 0
-    kept: dict[int, np.ndarray] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Sum:
-    """The work of one process: sums over the pixels of some images."""
-
-    source: Source
-    keep: Collection[int]
-
-    def __call__(self, indices: Sequence[int]) -> _Sums | UserError | OSError:
-        sums = _Sums()
-        try:
-            for index in indices:
-                image = read_image(self.source, index, Recipe(color=self.source.color))
-                _check_shape(sums, self.source.names[index], image.shape)
-                sums.total += int(image.sum(dtype=np.int64))
-                sums.squares += int((image.astype(np.int64) ** 2).sum())
-                if index in self.keep:
-                    sums.kept[index] = image
-        except (UserError, OSError) as error:
-            return error
-        return sums
-
-
-def _check_shape(sums: _Sums, name: str, shape: tuple[int, int, int]) -> None:
-    sums.first = sums.first or (name, shape)
-    if shape != sums.first[1]:
-        raise other_shape(name, shape, *sums.first)
-
-
 def pixel_statistics(source: Source, keep: Collection[int] = (), workers: int = 0) -> PixelStatistics:
     """Read all images of a source.
 
@@ -77,27 +42,28 @@ def pixel_statistics(source: Source, keep: Collection[int] = (), workers: int = 
         source: At least one image.
         keep: Indices of images to return.
         workers: Processes beside this one.
-
-    Raises:
-        UserError: naming an image that is broken, or not like the first.
-        OSError: where one cannot be read.
     """
-    count = len(source)
-    whole = _Sums()
-    chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
-    with tqdm.tqdm(desc='info', total=count, unit='img', disable=None) as bar:
-        for sums, chunk in zip(in_order(_Sum(source, frozenset(keep)), chunks, workers), chunks, strict=True):
-            if isinstance(sums, Exception):
-                raise sums
-            _check_shape(whole, *sums.first)
-            whole.total += sums.total
-            whole.squares += sums.squares
-            whole.kept.update(sums.kept)
-            bar.update(len(chunk))
-    shape = whole.first[1]
-    mean = whole.total / (count * math.prod(shape))
-    variance = whole.squares / (count * math.prod(shape)) - mean**2
-    return PixelStatistics(shape, mean, max(variance, 0) ** 0.5, whole.kept)
+    count, first, total, squares, kept = len(source), None, 0, 0, {}
+    sums = in_order(functools.partial(_sums, source, frozenset(keep)), range(count), workers, CHUNK)
+    for index, (shape, add, add_squares, image) in enumerate(
+        tqdm.tqdm(sums, 'info', total=count, unit='img', disable=None)
+    ):
+        first = first or shape
+        if shape != first:
+            raise other_shape(source.names[index], shape, source.names[0], first)
+        total, squares = total + add, squares + add_squares
+        if image is not None:
+            kept[index] = image
+    numbers = count * math.prod(first)
+    mean = total / numbers
+    return PixelStatistics(first, mean, max(squares / numbers - mean**2, 0) ** 0.5, kept)
+
+
+def _sums(source: Source, keep: Collection[int], index: int) -> tuple[tuple, int, int, np.ndarray | None]:
+    """Shape of an image, sum of its pixels and of their squares, and the image itself where it is to be kept."""
+    image = to_uint8(normalize(source.read(index), source.names[index], source.color))
+    squares = int((image.astype(np.int64) ** 2).sum())
+    return image.shape, int(image.sum(dtype=np.int64)), squares, image if index in keep else None
 
 
 class LatentStatistics:
@@ -106,7 +72,7 @@ class LatentStatistics:
     Of a draw x = a + b n with n standard normal, E[x] = E[a] and Var[x] = E[a^2 + b^2] - E[a]^2; nothing is drawn.
 
     Args:
-        sums: Where to go on from, a value of `sums`.
+        sums: What to continue from, a value of `sums`.
 
     Attributes:
         sums: Number of pixels, sum of a by channel, sum of a^2 + b^2 by channel: all there is to keep.
@@ -156,10 +122,6 @@ def latent_statistics(
     Returns:
         Their statistics, and pictures of those whose indices are in `keep`: three channels of the mean as colours,
         uint8 [H, W, 3].
-
-    Raises:
-        UserError: naming a file that is broken, or not like the first.
-        OSError: where one cannot be read.
     """
     statistics, kept = LatentStatistics(), {}
     for index in tqdm.trange(len(dataset), desc='info', unit='img', disable=None):

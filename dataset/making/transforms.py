@@ -29,9 +29,6 @@ def normalize(image: PIL.Image.Image, where: str, color: str = 'keep') -> PIL.Im
         image: In any mode.
         where: The file's name for messages.
         color: A name in COLORS. `keep` leaves grayscale and RGB what they are; `rgb` and `gray` make all images that.
-
-    Raises:
-        UserError: naming the file, for other modes, such as 16 bits a channel, and for damaged EXIF data.
     """
     with image_errors(where):
         image = PIL.ImageOps.exif_transpose(image)
@@ -58,11 +55,7 @@ def to_uint8(image: PIL.Image.Image) -> np.ndarray:
 
 
 def resize(image: PIL.Image.Image, size: Size, where: str) -> PIL.Image.Image:
-    """Resize bicubically to (width, height), with antialiasing where that is smaller.
-
-    Raises:
-        UserError: naming the file as `where`, where the aspect ratio would change.
-    """
+    """Resize bicubically to (width, height), with antialiasing where that is smaller; the aspect ratio must be kept."""
     if image.width * size[1] != image.height * size[0]:
         have, want = f'{image.width}x{image.height}', f'{size[0]}x{size[1]}'
         raise UserError(f'{where} is {have}, which {want} would distort; add --transform=center-crop')

@@ -17,22 +17,11 @@ from torch_utils.pickles import read_pickle
 CIFAR10 = 'cifar-10-batches-py'
 LONGEST_NAMES = 2**16  # bytes of all classes together
 LARGEST_BATCH = 2**28  # bytes; those of CIFAR-10 have 31 MB
-DAMAGES = (
-    OSError,
-    EOFError,
-    zlib.error,
-    lzma.LZMAError,
-    tarfile.TarError,
-    struct.error,
-)  # what gzip and tarfile raise of broken files
+DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, struct.error)  # of gzip and tarfile
 
 
 def open_cifar10(path: str) -> Source:
-    """The 50000 training images of `cifar-10-python.tar.gz`: 32x32 RGB, 10 classes.
-
-    Raises:
-        UserError: where the file is damaged, or not that.
-    """
+    """The 50000 training images of `cifar-10-python.tar.gz`: 32x32 RGB, 10 classes."""
     batches = _cifar10_members(path)
     try:
         for batch, meta in batches:  # before NumPy sees them: lists within lists could keep it busy forever

@@ -10,7 +10,7 @@ from dnnlib.errors import UserError
 PHOTO_CROP, PHOTO_STRIDE = 64, 16
 
 
-def _digits() -> Source:
+def open_digits(_: str) -> Source:
     """The 1797 handwritten digits that scikit-learn carries, 8x8, values 0-16 scaled to 0-255 as floats."""
     data = _scikit_learn('digits').load_digits()
     pixels = data.images.astype(np.float32) * (255 / 16)
@@ -18,13 +18,11 @@ def _digits() -> Source:
         name='digits',
         names=[f'digits/{i}' for i in range(len(pixels))],
         labels=data.target.astype(np.int64),
-        class_names=None,
         read=InMemory(pixels),
-        bytes_on_disk=0,
     )
 
 
-def _photos() -> Source:
+def open_photos(_: str) -> Source:
     """Overlapping 64x64 crops of the two photographs that scikit-learn carries, a temple and a flower: 851 of each."""
     data = _scikit_learn('photos').load_sample_images()
     crops, names, labels = [], [], []
@@ -40,7 +38,6 @@ def _photos() -> Source:
         labels=np.array(labels, np.int64),
         class_names=[Path(file).stem for file in data.filenames],
         read=InMemory(np.stack(crops)),
-        bytes_on_disk=0,
     )
 
 

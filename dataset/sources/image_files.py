@@ -23,12 +23,7 @@ def source_formats() -> dict[str, str]:
 
 
 def load_image(data: bytes, where: str) -> PIL.Image.Image:
-    """Decode an image file whole; of several pictures in it, the first.
-
-    Raises:
-        UserError: naming it as `where`, where it is damaged, of an unknown format, a decompression bomb, or of floats,
-            the scale of which nothing says.
-    """
+    """Decode an image file whole; of several pictures in it, the first. Floats, of unknown scale, are refused."""
     formats = sorted(set(source_formats().values()))
     with image_errors(where, formats):
         image = PIL.Image.open(io.BytesIO(data), formats=formats)

@@ -19,11 +19,7 @@ def is_idx(path: str) -> bool:
 
 
 def open_idx(path: str) -> Source:
-    """The images of `train-images-idx3-ubyte.gz`, with the labels of `train-labels-idx1-ubyte.gz` beside it.
-
-    Raises:
-        UserError: where one of the two is damaged or missing, or they do not belong together.
-    """
+    """The images of `train-images-idx3-ubyte.gz`, with the labels of `train-labels-idx1-ubyte.gz` beside it."""
     label_path = Path(path).with_name(
         Path(path).name.replace('images-idx3', 'labels-idx1').replace('images.idx3', 'labels.idx1')
     )
@@ -36,7 +32,6 @@ def open_idx(path: str) -> Source:
         name=Path(path).name.split('.')[0].removesuffix('-images-idx3-ubyte'),
         names=[f'{path}:{i}' for i in range(len(images))],
         labels=labels.astype(np.int64),
-        class_names=None,
         read=InMemory(images),
         bytes_on_disk=Path(path).stat().st_size + label_path.stat().st_size,
     )

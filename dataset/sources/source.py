@@ -16,8 +16,8 @@ class Source:
         name: Short, for notes of where a dataset came from.
         names: What messages call each image.
         labels: Class indices, int64 [N], or None.
-        class_names: Name of each class, where the source has such names.
         read: Gives an image by its index, in any mode that `transforms.normalize` takes.
+        class_names: Name of each class, where the source has such names.
         bytes_on_disk: Size of the files, 0 for an embedded source.
         file: Gives the image's file by its index, where it has one of its own.
         color: What images become unless the user says otherwise, see `transforms.COLORS`.
@@ -27,9 +27,9 @@ class Source:
     name: str
     names: Sequence[str]
     labels: np.ndarray | None
-    class_names: list[str] | None
     read: Callable[[int], PIL.Image.Image]
-    bytes_on_disk: int
+    class_names: list[str] | None = None
+    bytes_on_disk: int = 0
     file: Callable[[int], bytes] | None = None
     color: str = 'keep'
     made_with: Mapping[str, Any] = field(default_factory=dict)

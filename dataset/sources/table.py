@@ -1,92 +1,73 @@
 """Where the images of a dataset come from: embedded sets by name, or the user's files."""
 
 import collections
+import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
-from dataset.files.archive import LABEL_FILE, NPY, Archive, decode_npy, read_label_file
+from dataset.files.archive import NPY, Archive, decode_npy, encoder_of
+from dataset.files.labels import LABEL_FILE, read_labels
 from dataset.sources.cifar10 import open_cifar10
-from dataset.sources.embedded import _digits, _photos
+from dataset.sources.embedded import open_digits, open_photos
 from dataset.sources.image_files import load_image, source_formats
 from dataset.sources.mnist import is_idx, open_idx
 from dataset.sources.source import Source
 from dataset.sources.tables import open_tables, table_files
-from dnnlib.errors import UserError, unknown_choice
+from dnnlib.errors import UserError, quoted, unknown_choice
 
 IMAGENET = 'ILSVRC/Data/CLS-LOC/train'
 
 
 def open_source(source: str) -> Source:
-    """Open an embedded source by its name in SOURCES, or the first kind of files in it that the path is of.
-
-    Raises:
-        UserError: where there is no such source, or it cannot be used.
-    """
-    exists = bool(source) and Path(source).exists()  # Path('') is the current folder
-    for kind in SOURCES.values():
-        if kind.embedded == source or (exists and kind.takes(source)):
-            return kind.open(source)
-    problem = unknown_choice('source', source, EMBEDDED)
-    raise UserError(f'--source={source} is neither a file nor a folder, and no embedded set: {problem}')
+    """Open an embedded source by its name, or a path as the first kind of files in SOURCES that takes it."""
+    if source in EMBEDDED:
+        return EMBEDDED[source](source)
+    if not source or not Path(source).exists():  # Path('') is the current folder
+        problem = unknown_choice('source', source, EMBEDDED)
+        raise UserError(f'--source={quoted(source)} is neither a file nor a folder, and no embedded set: {problem}')
+    return next(open_kind for takes, open_kind in SOURCES.values() if takes(source))(source)
 
 
-# --- Folders and zips of images ---
+def _read(archive: Archive, rows: list[int], index: int) -> PIL.Image.Image:
+    """An image of a folder or a zip."""
+    where = archive.where(archive.files.names[rows[index]])
+    data = archive.read(rows[index])
+    if not where.lower().endswith(NPY):
+        return load_image(data, where)
+    pixels = decode_npy(data, where)
+    if encoder_of(pixels) != 'rgb':
+        raise UserError(f'{where} holds latents; only images can be converted')
+    return PIL.Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
-@dataclass(frozen=True)
-class ArchiveImages:
-    """Reads images from a folder or zip.
-
-    Attributes:
-        archive: Folder or zip.
-        rows: Which of its files.
-    """
-
-    archive: Archive
-    rows: list[int]
-
-    def where(self, index: int) -> str:
-        """How messages call an image."""
-        return self.archive.where(self.archive.files.names[self.rows[index]])
-
-    def file(self, index: int) -> bytes:
-        """The content of an image's file."""
-        return self.archive.read(self.rows[index])
-
-    def __call__(self, index: int) -> PIL.Image.Image:
-        data, where = self.file(index), self.where(index)
-        if not where.lower().endswith(NPY):
-            return load_image(data, where)
-        pixels = decode_npy(data, where)
-        if pixels.dtype != np.uint8:
-            raise UserError(f'{where} holds latents; only images can be converted')
-        return PIL.Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+def _file(archive: Archive, rows: list[int], index: int) -> bytes:
+    return archive.read(rows[index])
 
 
 def _archive(path: str, color: str = 'keep') -> Source:
     """The images of a folder or a zip; `dataset.json` gives the labels where it exists, else class folders do."""
     archive = Archive(path)
-    images = ArchiveImages(archive, archive.rows_ending({*source_formats(), NPY}))
-    names = [archive.files.names[row] for row in images.rows]
-    labels, made_with = read_label_file(archive, names)
-    class_names = None
+    rows = archive.rows_ending({*source_formats(), NPY})
+    names = [archive.files.names[row] for row in rows]
+    labels, class_names = read_labels(archive, names), None
+    classes = labels.classes
     if archive.files.find(LABEL_FILE) is None:
-        labels, class_names = _folder_labels(archive, names)
+        classes, class_names = _folder_labels(archive, names)
     return Source(
         name=Path(path).resolve().name.removesuffix('.zip'),
         names=[archive.where(name) for name in names],
-        labels=labels,
+        labels=classes,
         class_names=class_names,
-        read=images,
+        read=functools.partial(_read, archive, rows),
         bytes_on_disk=Path(path).stat().st_size if Path(path).is_file() else int(archive.files.sizes.sum()),
-        file=images.file,
+        file=functools.partial(_file, archive, rows),
         color=color,
-        made_with=made_with,
+        made_with=labels.made_with,
     )
 
 
@@ -94,7 +75,7 @@ def _imagenet(path: str) -> Source:
     """The training images of an ImageNet tree, 1000 folders; the few grayscale ones become RGB as the others are."""
     folder = Path(path, IMAGENET)
     source = _archive(str(folder if folder.is_dir() else path), color='rgb')
-    return Source(**{**vars(source), 'name': 'imagenet'})
+    return dataclasses.replace(source, name='imagenet')
 
 
 def _is_imagenet(path: str) -> bool:
@@ -119,38 +100,16 @@ def _folder_labels(archive: Archive, names: list[str]) -> tuple[np.ndarray | Non
     return np.array([index[folder] for folder in folders], np.int64), class_names
 
 
-# --- Embedded ---
-
-
-# --- The table ---
-
-
-@dataclass(frozen=True)
-class SourceKind:
-    """An entry of SOURCES.
-
-    Attributes:
-        open: Opens what `takes` takes.
-        takes: Whether a path that exists is of this kind.
-        embedded: The name by which it is asked for where it needs no files.
-    """
-
-    open: Callable[[str], Source]
-    takes: Callable[[str], bool] = lambda path: False
-    embedded: str | None = None
-
-
-# The first that takes a path opens it; a new source is one entry.
-SOURCES: dict[str, SourceKind] = {
-    'digits': SourceKind(lambda _: _digits(), embedded='digits'),
-    'photos': SourceKind(lambda _: _photos(), embedded='photos'),
-    'ImageNet tree': SourceKind(_imagenet, _is_imagenet),
-    'cifar-10-python.tar.gz': SourceKind(open_cifar10, lambda path: path.endswith(('.tar.gz', '.tgz', '.tar'))),
-    'MNIST images-idx3-ubyte.gz': SourceKind(open_idx, is_idx),
-    'parquet or Arrow': SourceKind(open_tables, lambda path: bool(table_files(path))),
-    'folder or zip': SourceKind(_archive, lambda path: True),
+# Sources that need no files, by the names by which they are asked for.
+EMBEDDED: dict[str, Callable[[str], Source]] = {'digits': open_digits, 'photos': open_photos}
+# Kinds of files: whether a path that exists is one, and what opens it; the first counts. A new source is one row.
+SOURCES: dict[str, tuple[Callable[[str], bool], Callable[[str], Source]]] = {
+    'ImageNet tree': (_is_imagenet, _imagenet),
+    'cifar-10-python.tar.gz': (lambda path: path.endswith(('.tar.gz', '.tgz', '.tar')), open_cifar10),
+    'MNIST images-idx3-ubyte.gz': (is_idx, open_idx),
+    'parquet or Arrow': (lambda path: bool(table_files(path)), open_tables),
+    'folder or zip': (lambda path: True, _archive),
 }
-EMBEDDED = [kind.embedded for kind in SOURCES.values() if kind.embedded]
 
 
 def balanced_order(source: Source) -> list[int]:

@@ -1,5 +1,6 @@
 """Tables of images: parquet and Arrow, as the Hugging Face hub keeps them."""
 
+import bisect
 import functools
 import json
 import os
@@ -18,15 +19,6 @@ from dnnlib.errors import UserError
 TABLE_ENDINGS = ('.parquet', '.arrow')
 
 
-# --- CIFAR-10 ---
-
-
-# --- MNIST ---
-
-
-# --- Parquet and Arrow ---
-
-
 @dataclass(frozen=True)
 class TableImages:
     """Reads images from tables; a process keeps the part of a table that it read last.
@@ -43,22 +35,26 @@ class TableImages:
     starts: tuple[int, ...]
     parts: tuple[tuple[int, int], ...]
 
+    def _place(self, index: int) -> tuple[str, int, int]:
+        """File, index of the part in it, and row in the part of an image."""
+        part = bisect.bisect_right(self.starts, index) - 1
+        which, group = self.parts[part]
+        return self.files[which], group, index - self.starts[part]
+
     def file(self, index: int) -> bytes:
         """The image's file, as it lies in the table."""
-        part = int(np.searchsorted(self.starts, index, side='right')) - 1
-        which, group = self.parts[part]
+        path, group, row = self._place(index)
         try:
-            cell = _table_part(self.files[which], group, self.column)[index - self.starts[part]].as_py()
+            cell = _table_part(path, group, self.column)[row].as_py()
         except (_pyarrow().ArrowException, OSError) as error:
-            raise _damaged_table(self.files[which], error) from None
+            raise _damaged_table(path, error) from None
         data = cell.get('bytes') if isinstance(cell, dict) else cell
         if not data:
-            raise UserError(f'{self.files[which]}:{index} has no image')
+            raise UserError(f'{path}:{index} has no image')
         return data
 
     def __call__(self, index: int) -> PIL.Image.Image:
-        part = int(np.searchsorted(self.starts, index, side='right')) - 1
-        return load_image(self.file(index), f'{self.files[self.parts[part][0]]}:{index}')
+        return load_image(self.file(index), f'{self._place(index)[0]}:{index}')
 
 
 @functools.lru_cache(maxsize=2)
@@ -104,11 +100,7 @@ def table_files(path: str) -> list[str]:
 
 
 def open_tables(path: str) -> Source:
-    """Images of parquet or Arrow files as the Hugging Face hub has them: a column of images, one of class indices.
-
-    Raises:
-        UserError: where pyarrow is missing, or the tables are damaged or have no such columns.
-    """
+    """Images of parquet or Arrow files as the Hugging Face hub has them: a column of images, one of class indices."""
     files = table_files(path)
     arrow = _pyarrow()
     starts, parts, labels, count, column, names = [], [], [], 0, None, None
@@ -127,22 +119,22 @@ def open_tables(path: str) -> Source:
         labels.append(classes)
     if not count:
         raise UserError(f'{path} holds no images')
-    if any(part is None for part in labels) and any(part is not None for part in labels):
+    if len({part is None for part in labels}) > 1:
         raise UserError(f'{path}: some tables have labels, others none')
     labels = None if labels[0] is None else np.concatenate(labels)
     if labels is not None and names and labels.max() >= len(names):
         raise UserError(f'{path} has labels up to {labels.max()}, but names for {len(names)} classes')
     images = TableImages(tuple(files), column, tuple(starts), tuple(parts))
+    ends = [*starts[1:], count]
     return Source(
         name=Path(path).resolve().name,
-        names=[f'{files[which]}:{i}' for (which, _), start, end in zip(parts, starts, [*starts[1:], count], strict=True)
-               for i in range(start, end)],
+        names=[f'{files[which]}:{i}' for (which, _), *of in zip(parts, starts, ends, strict=True) for i in range(*of)],
         labels=labels,
         class_names=names,
         read=images,
         bytes_on_disk=sum(Path(file).stat().st_size for file in files),
         file=images.file,
-    )  # fmt: skip
+    )
 
 
 def _damaged_table(file: str, error: Exception) -> Exception:
@@ -157,10 +149,8 @@ def _read_columns(file: str) -> tuple[list[str] | None, list[int], np.ndarray | 
     arrow = _pyarrow()
     if file.endswith('.parquet'):
         table = _pyarrow('parquet').ParquetFile(file)
-        schema, lengths = (
-            table.schema_arrow,
-            [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)],
-        )
+        schema, groups = table.schema_arrow, range(table.num_row_groups)
+        lengths = [table.metadata.row_group(i).num_rows for i in groups]
     else:
         batches = _open_arrow(file)
         if not batches:
@@ -195,6 +185,3 @@ def _class_names(schema: Any, column: str) -> list[str] | None:
         return [str(name) for name in features[column]['names']]
     except (TypeError, KeyError, ValueError):
         return None
-
-
-# --- One image of any format ---
