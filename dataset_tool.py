@@ -107,9 +107,8 @@ def convert(
     workers = default_workers(len(indices)) if workers is None else workers
     with DatasetWriter(dest, about_conversion(images, indices, recipe), resume, overwrite) as writer, _hint(writer):
         if about := estimate(images, indices, recipe):
-            shape, size = about
-            what = f'{len(indices)} images of {images.name} as {shape_text(*shape)} {format_.upper()}'
-            _print_estimate(dest, what, size)
+            what = f'{len(indices)} images of {images.name} as {shape_text(*about[0])} {format_.upper()}'
+            _print_estimate(dest, what, about[1])
         done = convert_images(images, indices, recipe, writer, skip_broken, workers)
     print(f'{dest}: {done.count} images of {shape_text(*done.shape)}')
     print('\n'.join(class_lines(done.labels, images.class_names)))

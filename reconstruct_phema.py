@@ -48,7 +48,7 @@ def main(indir, outdir, outstd, outnimg, outprefix, instd, plot, memory):
     coefficients, by which rounding of the snapshots is amplified.
     """
     if not outprefix or os.sep in outprefix:
-        raise UserError(f'--outprefix={outprefix!r} is no part of a file name')
+        raise UserError(f'--outprefix={outprefix!r} cannot begin a file name')
     if outprefix.startswith('network-snapshot'):
         raise UserError(f'--outprefix={outprefix!r} would make the results look like snapshots of a run')
     if plot:
@@ -75,12 +75,7 @@ def main(indir, outdir, outstd, outnimg, outprefix, instd, plot, memory):
 
 
 def parse_wanted(text: str) -> list[Wanted]:
-    """What --outstd asks for.
-
-    Raises:
-        UserError: where it is neither a list nor such a file.
-        OSError: where the file cannot be read.
-    """
+    """What --outstd asks for."""
     if text.endswith('.json'):
         return [Wanted.from_file(text)]
     return [Wanted.of_length(std) for std in parse_float_list(text)]

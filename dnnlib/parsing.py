@@ -8,11 +8,7 @@ UNITS = {'': 1, 'k': 10**3, 'M': 10**6, 'G': 10**9, 'Ki': 2**10, 'Mi': 2**20, 'G
 
 
 def parse_int_list(text: str) -> list[int]:
-    """Parse `1,2,5-10` into [1, 2, 5, 6, 7, 8, 9, 10]; order and repeats are kept.
-
-    Raises:
-        UserError: where a part is neither a number nor an ascending range.
-    """
+    """Parse `1,2,5-10` into [1, 2, 5, 6, 7, 8, 9, 10]; order and repeats are kept."""
     numbers: list[int] = []
     for part in text.split(','):
         match = re.fullmatch(r'\s*(\d+)(?:-(\d+))?\s*', part)
@@ -31,9 +27,6 @@ def parse_float_list(text: str) -> list[float]:
     """Parse `0.05,0.10,...,0.25` into [0.05, 0.10, 0.15, 0.20, 0.25].
 
     Three dots stand for the arithmetic sequence that the two numbers before it begin and the one after it ends.
-
-    Raises:
-        UserError: where a part is not a number, or the dots have no two numbers before and one after.
     """
     parts = [part.strip() for part in text.split(',')]
     numbers: list[float] = []
@@ -65,11 +58,7 @@ def _float(part: str, text: str) -> float:
 
 
 def parse_nimg(text: str) -> int:
-    """Parse a number of images such as `8Mi`, `200k`, `1.5M` or `4096` (binary units end in i).
-
-    Raises:
-        UserError: where it is not a whole number of images.
-    """
+    """Parse a number of images such as `8Mi`, `200k`, `1.5M` or `4096` (binary units end in i)."""
     match = re.fullmatch(r'\s*(\d+(?:\.\d*)?)\s*([kMG]i?|Ki|)\s*', text)
     if match is None or match[2] not in UNITS:
         raise UserError(f'cannot read {text!r} as a number of images; write for instance 4096, 200k or 8Mi')
@@ -80,11 +69,7 @@ def parse_nimg(text: str) -> int:
 
 
 def parse_grid(text: str) -> tuple[int, int]:
-    """Parse `4x10` into (4, 10), rows and columns.
-
-    Raises:
-        UserError: where it is not two numbers of at least 1 with an x between.
-    """
+    """Parse `4x10` into (4, 10), rows and columns."""
     match = re.fullmatch(r'\s*([1-9]\d{0,3})x([1-9]\d{0,3})\s*', text)
     if match is None:
         raise UserError(f'cannot read {text!r} as ROWSxCOLS; write for instance 4x10')

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, quoted
+from dnnlib.files import read_regular
 from ema.power import STD_LIMIT, Combination, solve
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, fitting_network, open_network
@@ -22,6 +23,7 @@ from torch_utils.tensor_files import MappedTensors
 from torch_utils.threads import one_thread
 
 FILES_AT_ONCE = 16  # snapshots that are combined in one multiplication
+LARGEST_LENGTHS = 2**20  # bytes of a file of lengths
 ELEMENTS_AT_ONCE = 2**14  # of a tensor; with the files above they fit into a core's cache
 
 
@@ -59,19 +61,16 @@ class Wanted:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> 'Wanted':
-        """Read a JSON object of patterns and lengths, such as {"unet.enc.*": 0.05, "*": 0.10}.
-
-        Raises:
-            UserError: where it is none.
-            OSError: where it cannot be read.
-        """
+        """Read a JSON object of patterns and lengths, such as {"unet.enc.*": 0.05, "*": 0.10}."""
         try:
-            values = json.loads(Path(path).read_text(encoding='utf-8'))
-        except ValueError as error:
-            raise UserError(f'{path} is no JSON: {error}') from None
+            values = json.loads(read_regular(path, LARGEST_LENGTHS))
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'{path} is not JSON: {error}') from None
         if not isinstance(values, dict) or not values or not all(type(v) in (int, float) for v in values.values()):
             raise UserError(f'{path} must hold patterns and lengths, such as {{"unet.enc.*": 0.05, "*": 0.10}}')
-        return cls(Path(path).stem, tuple((pattern, float(std)) for pattern, std in values.items()))
+        return cls(Path(path).stem, tuple(values.items()))
 
     @property
     def std(self) -> float | None:
@@ -84,14 +83,12 @@ class Wanted:
 
     def problems(self, names: Collection[str]) -> list[str]:
         """What keeps it from being reconstructed for parameters of those names."""
-        found = [
-            f'EMA lengths must be between 0 and {STD_LIMIT:.4f}, not {std}'
-            for _, std in self.lengths
-            if not 0 < std < STD_LIMIT
-        ]
-        for pattern, _ in self.lengths:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                found.append(f'{self.label}: no parameter has a name like {pattern}')
+        found = []
+        for pattern, std in self.lengths:
+            if not 0 < std < STD_LIMIT:
+                found.append(f'EMA lengths must be between 0 and {STD_LIMIT:.4f}, not {quoted(std)}')
+            if not fnmatch.filter(names, pattern):
+                found.append(f'{self.label}: no parameter has a name like {quoted(pattern)}')
         left = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in self.lengths)]
         if left:
             found.append(f'{self.label}: no pattern matches {left[0]}; add "*" for the rest')
@@ -106,14 +103,12 @@ def find_snapshots(folder: str | os.PathLike, stds: Collection[float] | None = N
     Args:
         folder: Of the run.
         stds: Use those of these lengths only.
-
-    Raises:
-        UserError: where there are none, one cannot be read, or they are of different networks.
-        OSError: where the folder cannot be read.
     """
-    paths = sorted(path for path in Path(folder).iterdir() if path.match('network-snapshot-*.safetensors'))
-    ours = {path.stem for path in paths}
-    paths += sorted(p for p in Path(folder).iterdir() if p.match('network-snapshot-*.pkl') and p.stem not in ours)
+    published, ours = (
+        {path.stem: path for path in Path(folder).iterdir() if path.match(f'network-snapshot-*{ending}')}
+        for ending in ('.pkl', '.safetensors')
+    )
+    paths = sorted((published | ours).values())
     if not paths:
         raise UserError(f'{folder} holds no network-snapshot-*.safetensors; is it the folder of a training run?')
     snapshots = [_describe(path) for path in tqdm(paths, desc='snapshots', unit='file', disable=None)]
@@ -142,7 +137,10 @@ def _describe(path: Path) -> Snapshot:
     with open_network(path) as file:
         net = fitting_network(file)
         name = next(name for name, _ in net.named_parameters() if 'weight' in name)
-        return Snapshot(os.fspath(path), file.info, file.get(name).dtype)
+        dtype = file.get(name).dtype
+    if not dtype.is_floating_point:
+        raise UserError(f'{path}: {name} is of {dtype}, not floating-point numbers')
+    return Snapshot(os.fspath(path), file.info, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +166,7 @@ class Plan:
         Args:
             snapshots: As found.
             wanted: The networks.
-            nimg: Time wanted; None for that of the last snapshot.
-
-        Raises:
-            UserError: for lengths outside (0, 0.2886), patterns that fit nothing, times before the first snapshot
-                or after the last.
+            nimg: Time wanted, between the first snapshot and the last; None for that of the last.
         """
         names = [name for name, _ in _network(snapshots[0]).named_parameters()]
         first, last = snapshots[0].info.nimg, snapshots[-1].info.nimg
@@ -231,9 +225,6 @@ class Plan:
 
         Yields:
             What was wanted, its header, and its float32 weights, in the order of `wanted`.
-
-        Raises:
-            UserError: naming a snapshot that has changed since it was found, or holds numbers that are not finite.
         """
         parts = self.passes(memory)
         last = self.snapshots[-1].info

@@ -113,7 +113,7 @@ def test_lengths_by_pattern(folder, saved, tmp_path):
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
-        ('{', 'is no JSON'),
+        ('{', 'is not JSON'),
         ('[1]', 'must hold patterns and lengths'),
         ('{"*": "0.1"}', 'must hold patterns and lengths'),
         ('{"*": 0.3}', 'EMA lengths must be between 0 and 0.2887, not 0.3'),

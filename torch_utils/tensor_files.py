@@ -134,7 +134,10 @@ class MappedTensors:
 
     def get(self, name: str) -> torch.Tensor:
         """The elements of a tensor, in memory order; not to be written to. Valid for as long as it is held."""
-        (first, last), dtype = self._places[name]['data_offsets'], _DTYPES[self._places[name]['dtype']]
+        (first, last), stored = self._places[name]['data_offsets'], self._places[name]['dtype']
+        if stored not in _DTYPES:
+            raise UnreadableFileError(f'{self.path}: {name} is of type {stored}, not floating-point numbers')
+        dtype = _DTYPES[stored]
         if first == last:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(
