@@ -1,9 +1,11 @@
 """Files of records, one JSON object in a line."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dnnlib.errors import warn
 from dnnlib.files import atomic_path, named_errors
 
 
@@ -14,28 +16,38 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All lines; none where there is no file. A last line that was cut short is left out."""
-    records = []
-    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """All records; none where there is no file. Damaged lines are left out, with a warning unless it is the last."""
+    return [record for record, _ in _read(path)]
 
 
 def mend_records(path: Path) -> None:
-    """Drop a last line that was cut short, so that lines added after it can be read."""
-    if path.exists():
-        _write_records(path, read_records(path))
+    """Drop damaged lines, such as a last one that was cut short, so that lines added after it can be read."""
+    _keep(path, lambda record: True)
 
 
 def cut_records(path: Path, nimg: int) -> None:
-    """Drop what lies beyond `nimg`, so that a continued run has every line once."""
+    """Drop what lies beyond `nimg`, and records that do not say where they lie, so that a resumed run has each once."""
+    _keep(path, lambda record: isinstance(record.get('nimg'), int) and record['nimg'] <= nimg)
+
+
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite the file, each line as it was."""
     if path.exists():
-        _write_records(path, [record for record in read_records(path) if record['nimg'] <= nimg])
+        lines = [line for record, line in _read(path) if wanted(record)]
+        with atomic_path(path) as beside:
+            beside.write_bytes(b''.join(line + b'\n' for line in lines))
 
 
-def _write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    with atomic_path(path) as beside:
-        beside.write_text(''.join(json.dumps(record) + '\n' for record in records), encoding='utf-8')
+def _read(path: Path) -> list[tuple[dict[str, Any], bytes]]:
+    """Records and their lines."""
+    found, lines = [], path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            found.append((record, line))
+        elif number < len(lines):
+            warn(f'{path}: line {number} is damaged and left out')
+    return found

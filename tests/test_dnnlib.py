@@ -1,10 +1,14 @@
 """Parsing of lists and numbers, near names, grids."""
 
+import os
+
 import numpy as np
 import pytest
 
-from dnnlib.errors import UserError, unknown_choice
+from dnnlib.errors import UserError, choose, quoted, unknown_choice
+from dnnlib.files import open_regular, read_regular
 from dnnlib.images import image_grid
+from dnnlib.jsonl import append_record, cut_records, mend_records, read_records
 from dnnlib.parsing import parse_float_list, parse_int_list, parse_nimg
 
 
@@ -45,6 +49,67 @@ def test_near_names():
         'did you mean edm2plus-digits?'
     )
     assert unknown_choice('metric', 'zzz', ['fid', 'kid']) == "unknown metric 'zzz'; choose from fid, kid"
+
+
+def test_choosing_from_a_table():
+    assert choose('sampler', 'heun', {'heun': 1, 'euler': 2}) == 1
+    with pytest.raises(UserError, match=r"unknown sampler 'huen'; did you mean heun\?"):
+        choose('sampler', 'huen', {'heun': 1, 'euler': 2})
+
+
+def test_messages_are_bounded():
+    assert quoted('a b.png') == 'a b.png' and quoted(4) == '4'
+    assert quoted('x\x1b[31m\n') == r'x\x1b[31m\n' and quoted('\udcff') == r'\udcff'
+    assert len(quoted('x' * 10**6)) == 100 and quoted('a' * 99 + 'bc').endswith('abc')
+    error = UserError([f'problem {i}' for i in range(63)])
+    assert str(error).endswith('problem 9; and 53 more') and len(error.problems) == 63
+    assert str(UserError([str(i) for i in range(10)])).endswith('8; 9')
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    for path in (tmp_path / 'pipe', '/dev/zero'):
+        with pytest.raises(UserError, match=f'{path} is not a regular file'):
+            open_regular(path)
+    (tmp_path / 'x').write_bytes(b'12345')
+    assert read_regular(tmp_path / 'x', 5) == b'12345'
+    with pytest.raises(UserError, match='x has 5 bytes, more than the 4 that are read'):
+        read_regular(tmp_path / 'x', 4)
+
+
+# --- Records ---
+
+
+def test_records_before_and_after_a_damaged_line_are_kept(tmp_path, capsys):
+    path = tmp_path / 'stats.jsonl'
+    for i in range(5):
+        append_record(path, {'nimg': 100 * i, 'loss': 0.1 * i})
+    whole = path.read_bytes().splitlines(keepends=True)
+    for damage in (b'{"nimg": 2', b'\xff\xfe', b'[1]', b'[' * 10**5, b'{"nimg": ' + b'9' * 5000 + b'}', b''):
+        path.write_bytes(b''.join([*whole[:2], damage + b'\n', *whole[3:]]))
+        assert [record['nimg'] for record in read_records(path)] == [0, 100, 300, 400]
+        assert capsys.readouterr().err == f'warning: {path}: line 3 is damaged and left out\n'
+        cut_records(path, 300)
+        assert path.read_bytes() == b''.join([*whole[:2], whole[3]])
+        assert capsys.readouterr().err.count('line 3') == 1
+
+
+def test_a_last_line_cut_short_is_dropped_in_silence(tmp_path, capsys):
+    path = tmp_path / 'stats.jsonl'
+    append_record(path, {'nimg': 1})
+    path.write_bytes(path.read_bytes() + b'{"nimg": 2')
+    mend_records(path)
+    append_record(path, {'nimg': 3})
+    assert read_records(path) == [{'nimg': 1}, {'nimg': 3}] and capsys.readouterr().err == ''
+
+
+def test_a_record_without_its_place_is_not_kept_by_a_resumed_run(tmp_path):
+    path = tmp_path / 'stats.jsonl'
+    for record in ({'nimg': 1}, {}, {'nimg': 'x'}, {'nimg': 2}):
+        append_record(path, record)
+    cut_records(path, 2)
+    assert read_records(path) == [{'nimg': 1}, {'nimg': 2}]
+    assert read_records(tmp_path / 'none') == []
 
 
 def test_image_grid():

@@ -1,8 +1,11 @@
 """Downloads from a server of this test: resumed, verified, cached, and never without being asked."""
 
+import contextlib
+import errno
 import hashlib
 import http.server
 import threading
+import time
 
 import pytest
 
@@ -26,17 +29,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         content = server.content
         start = 0
-        wanted = self.headers.get('If-Range') in (None, server.etag) and trouble != 'ignore range'
+        wanted = self.headers.get('If-Range') in (None, server.etag) or server.careless
+        wanted = wanted and trouble != 'ignore range'
         if self.headers.get('Range') and wanted:
             start = int(self.headers['Range'].removeprefix('bytes=').removesuffix('-'))
         if trouble == 'wrong range':
             start = 1
         self.send_response(206 if start else 200)
         self.send_header('Content-Length', str(len(content) - start))
-        self.send_header('ETag', server.etag)
+        if server.etag:
+            self.send_header('ETag', server.etag)
         if start:
             self.send_header('Content-Range', f'bytes {start}-{len(content) - 1}/{len(content)}')
         self.end_headers()
+        if trouble == 'slow':
+            with contextlib.suppress(OSError):  # until the client has had enough
+                for i in range(start, len(content)):
+                    self.wfile.write(content[i : i + 1])
+                    time.sleep(0.02)
+            return
         self.wfile.write(content[start : len(content) // 2] if trouble == 'cut' else content[start:])
 
     def log_message(self, *_):
@@ -51,7 +62,7 @@ def server(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    server.content, server.etag, server.plan, server.requests = CONTENT, '"1"', [], []
+    server.content, server.etag, server.careless, server.plan, server.requests = CONTENT, '"1"', False, [], []
     server.url = f'http://127.0.0.1:{server.server_port}'
     thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
     thread.start()
@@ -105,6 +116,48 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(server):
         download(f'{server.url}/x')
     server.content, server.etag = CONTENT[::-1], '"2"'
     assert download(f'{server.url}/x').read_bytes() == CONTENT[::-1]
+
+
+@pytest.mark.parametrize(('etag', 'content'), [('"2"', CONTENT[::-1]), ('', CONTENT[::-1] + b'!')])
+def test_a_careless_server_s_changed_file_is_fetched_anew(server, etag, content):
+    """It sends the rest of whatever version is asked for; its ETag, or without one the length, tells."""
+    server.plan = ['cut', *['503'] * 4]
+    server.etag = etag and '"1"'
+    with pytest.raises(UserError):
+        download(f'{server.url}/x')
+    server.content, server.etag, server.careless = content, etag, True
+    assert download(f'{server.url}/x').read_bytes() == content
+
+
+@pytest.mark.parametrize(('content', 'message'), [(b'', 'is empty'), (b'\n<!DOCTYPE HTML><p>Log in', 'is a web page')])
+def test_what_is_no_file_is_not_cached(server, content, message):
+    server.content = content
+    with pytest.raises(UserError, match=f'/x {message}.*; it was not kept'):
+        download(f'{server.url}/x')
+    server.content = CONTENT
+    assert download(f'{server.url}/x').read_bytes() == CONTENT
+
+
+def test_slow_servers_are_left(server, monkeypatch):
+    monkeypatch.setattr(module, 'SLOWEST', (0.1, 1024))
+    server.plan = ['slow', '']
+    assert download(f'{server.url}/x').read_bytes() == CONTENT
+    assert int(server.requests[1][1].removeprefix('bytes=').removesuffix('-')) < 100  # what had arrived is kept
+    monkeypatch.setattr(module, 'LONGEST', 0.1)
+    server.plan = ['slow'] * 9
+    with pytest.raises(UserError, match=r'(it took more than|only \d+ bytes).*are kept, run again'):
+        download(f'{server.url}/y')
+    assert len(server.requests) == 3
+
+
+def test_a_full_disk_is_named(server, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(module.os, 'fsync', full)
+    with pytest.raises(OSError, match='No space left') as caught:
+        download(f'{server.url}/x')
+    assert caught.value.filename.endswith('.x.part')
 
 
 def test_connection_that_always_breaks(server):
