@@ -317,6 +317,42 @@ def test_links(tmp_path):
         Archive(path)
 
 
+def test_an_endless_device_is_not_read(tmp_path):
+    path = write_files(tmp_path / 'data', {'a.png': PICTURE})
+    (path / 'b.png').symlink_to('/dev/zero')
+    with pytest.raises(UserError, match=f'{path}/b.png is not a regular file'):
+        ImageDataset(path)[1]
+
+
+@pytest.mark.parametrize('ending', ['', '.zip'])
+def test_files_of_enormous_content(tmp_path, monkeypatch, ending):
+    """A megabyte of a zip may unpack to a gigabyte."""
+    monkeypatch.setattr(Archive.read, '__defaults__', (10**5,))
+    path = tmp_path / f'data{ending}'
+    write_files(path, {'a.png': PICTURE, 'b.png': bytes(10**5 + 1)})
+    dataset = ImageDataset(path)
+    assert dataset[0][0].shape == (3, HEIGHT, WIDTH)
+    with pytest.raises(UserError, match=f'{path}/b.png .*100001 bytes, more than the 100000 that are read'):
+        dataset[1]
+
+
+def test_a_label_file_is_as_large_as_its_images_need(tmp_path):
+    path = tmp_path / 'data.zip'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as file:
+        file.writestr('a.png', PICTURE)
+        file.writestr('dataset.json', b'[' + b'[],' * 10**6 + b'0]')
+    with pytest.raises(UserError, match=r'dataset.json .*unpacks to 3000003 bytes, more than the 1064960'):
+        ImageDataset(path)
+
+
+def test_names_from_a_zip_do_not_reach_the_terminal(tmp_path):
+    name = '\x1b[31m' + 'x' * 1000 + '.png'
+    path = write_files(tmp_path / 'data.zip', {'a.png': PICTURE, f'b/{name}': b'?'})
+    with pytest.raises(UserError) as caught:
+        ImageDataset(path)[1]
+    assert '\x1b' not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 200
+
+
 # --- Order ---
 
 SIZE, SEED, BATCH = 10, 3, 48

@@ -359,3 +359,38 @@ def test_another_seed_draws_other_latents(config):
     assert torch.equal(
         other, to_training_images(moments, numbers, stream_seed(config.seed, 'held out'))
     ) and not torch.equal(y, other)
+
+
+@pytest.mark.parametrize(
+    'header', [b'{' * 3000, b'-' * 9000, b"{'shape': " + b'9' * 5000, b'\0' * 50, b"{1: 2, 'a': 3}"]
+)
+def test_npy_headers_that_are_none(tmp_path, header):
+    (tmp_path / 'a.npy').write_bytes(b'\x93NUMPY\1\0' + len(header).to_bytes(2, 'little') + header)
+    with pytest.raises(UserError, match=f'{tmp_path}/a.npy cannot be decoded'):
+        ImageDataset(tmp_path)
+
+
+def test_npy_claiming_much_allocates_nothing(tmp_path):
+    whole = encode_npy(np.zeros((8, 9, 9), np.float32))
+    (tmp_path / 'a.npy').write_bytes(whole.replace(b'(8, 9, 9), }   ', b'(8, 9999, 9), }'))
+    with pytest.raises(UserError, match=r'it has 2592 bytes for float32 \[8, 9999, 9\]'):
+        ImageDataset(tmp_path)
+
+
+@pytest.mark.parametrize('order', ['<f4', '>f4'])
+def test_npy_of_other_machines(tmp_path, order):
+    array = np.random.default_rng(0).standard_normal((8, 3, 2)).astype(order)
+    np.save(tmp_path / 'a.npy', np.asfortranarray(array))
+    latents = ImageDataset(tmp_path)[0][0]
+    assert latents.dtype == torch.float32 and latents.is_contiguous() and np.array_equal(latents.numpy(), array)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf, 3e38, -3e38])
+def test_poisoned_latents_are_named_at_the_first_visit(tmp_path, value):
+    array = np.zeros((8, 2, 3), np.float32)
+    (tmp_path / 'a.npy').write_bytes(encode_npy(array))
+    array[5, 1, 1] = value
+    (tmp_path / 'b.npy').write_bytes(encode_npy(array))
+    dataset = ImageDataset(tmp_path)
+    with pytest.raises(UserError, match=f'{tmp_path}/b.npy holds latents that are not finite, or beyond 10000'):
+        dataset[1]

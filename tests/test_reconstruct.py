@@ -116,6 +116,12 @@ def test_lengths_by_pattern(folder, saved, tmp_path):
         ('{', 'is not JSON'),
         ('[1]', 'must hold patterns and lengths'),
         ('{"*": "0.1"}', 'must hold patterns and lengths'),
+        ('[' * 100_000, 'is not JSON'),
+        ('{"*": ' + '9' * 5000 + '}', 'is not JSON'),
+        ('{"*": 1' + '0' * 400 + '}', 'EMA lengths must be between 0 and 0.2887, not 1000'),
+        ('{"*": 1e999}', 'EMA lengths must be between 0 and 0.2887, not inf'),
+        ('{"*": NaN}', 'EMA lengths must be between 0 and 0.2887, not nan'),
+        ('{"*": {"*": 0.1}}', 'must hold patterns and lengths'),
         ('{"*": 0.3}', 'EMA lengths must be between 0 and 0.2887, not 0.3'),
         ('{"unet.enc.*": 0.1}', 'no pattern matches unet.out_gain; add "*" for the rest'),
         ('{"nothing": 0.1, "*": 0.1}', 'no parameter has a name like nothing'),
@@ -193,6 +199,19 @@ def test_numbers_that_are_not_finite_are_traced(tmp_path):
     plan = Plan.make(find_snapshots(tmp_path / 'nan'), lengths(0.08))
     with pytest.raises(UserError, match=r'0000008-0\.050\.safetensors: unet\.out_conv\.weight holds numbers that are'):
         list(plan.reconstruct())
+
+
+@pytest.mark.parametrize('which', ['first', 'last'])
+def test_integer_tensors_are_refused(tmp_path, which):
+    make_snapshots(tmp_path)
+    path = sorted(tmp_path.iterdir())[3]
+    net, info = load_network(path)
+    weights = net.state_dict()
+    names = [name for name, _ in net.named_parameters() if 'weight' in name]
+    name = names[0 if which == 'first' else -1]
+    save_network(path, weights | {name: weights[name].long()}, info, dtype=None)
+    with pytest.raises(UserError, match=rf'{path.name}: {name} is of .*64, not floating-point numbers'):
+        list(Plan.make(find_snapshots(tmp_path), lengths(0.1)).reconstruct())
 
 
 def test_at_the_command_line(folder, saved, run_script, tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import struct
 import tarfile
@@ -14,6 +15,8 @@ import pytest
 from dataset.files.archive import Archive
 from dataset.files.writer import encode_npy
 from dataset.making.transforms import normalize, to_uint8
+from dataset.sources import cifar10 as cifar10_module
+from dataset.sources import mnist as mnist_module
 from dataset.sources.cifar10 import open_cifar10
 from dataset.sources.table import open_source
 from dnnlib.errors import UserError
@@ -203,6 +206,7 @@ def doubled(depth: int) -> list:
         ({'data_batch_1': batch([-1])}, 'does not hold CIFAR-10 as it should'),
         ({'data_batch_1': batch([3])}, 'does not hold CIFAR-10 as it should'),
         ({'data_batch_1': [1, 2]}, 'does not hold CIFAR-10 as it should'),
+        ({'data_batch_1': np.zeros((2, 3072), np.uint8)}, 'does not hold CIFAR-10 as it should'),
         ({'data_batch_1': {b'data': [300] * 3072, b'labels': [0]}}, 'does not hold CIFAR-10 as it should'),
         ({'data_batch_1': {**batch([0]), b'labels': [2**70]}}, 'does not hold CIFAR-10 as it should'),
         ({'data_batch_1': {**batch([0]), b'labels': doubled(64)}}, 'does not hold CIFAR-10 as it should'),
@@ -221,8 +225,27 @@ def test_cifar10_of_claimed_size(tmp_path):
     path, info = tmp_path / 'x.tar', tarfile.TarInfo('cifar-10-batches-py/data_batch_1')
     info.size = 2**40
     path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
-    with pytest.raises(UserError, match='1099511627776 bytes'):
+    with pytest.raises(UserError, match=f'{path}'):
         open_cifar10(str(path))
+
+
+def test_what_unpacks_to_more_than_there_can_be(tmp_path, monkeypatch):
+    for name, module in (('x.tar.gz', cifar10_module), ('train-images-idx3-ubyte.gz', mnist_module)):
+        monkeypatch.setattr(module, 'LARGEST', 10**6)
+        (tmp_path / name).write_bytes(gzip.compress(bytes(10**6 + 1)))
+        (tmp_path / 'train-labels-idx1-ubyte.gz').touch()
+        with pytest.raises(UserError, match=f'{tmp_path}/{name} has more than the 1000000 bytes that are read'):
+            open_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize('name', ['x.tar', 'train-images-idx3-ubyte', 'x.zip', 'x/a.png', 'x/dataset.json'])
+def test_pipes_are_not_waited_for(tmp_path, name):
+    (tmp_path / 'train-labels-idx1-ubyte').touch()
+    if '/' in name:
+        jpeg(tmp_path / 'x' / 'b.png')
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f'{tmp_path}/{name} is not a regular file'):
+        open_source(str(tmp_path / name.split('/')[0])).read(0)
 
 
 def test_cut_cifar10(tmp_path):
@@ -264,7 +287,7 @@ def test_broken_mnist(tmp_path):
     with pytest.raises(UserError, match=f'{path} has 4 images, {labels} 3 labels'):
         open_source(str(path))
     idx(labels, np.zeros(4, np.uint8), magic=b'\0\0\x0d\1')
-    with pytest.raises(UserError, match=f'{labels} is no file of bytes in 1 dimensions'):
+    with pytest.raises(UserError, match=f'{labels} is not a file of bytes in 1 dimensions'):
         open_source(str(path))
     idx(labels, np.zeros(4, np.uint8))
     path.write_bytes(path.read_bytes()[:-10])

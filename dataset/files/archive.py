@@ -135,8 +135,8 @@ def decode_npy(data: bytes, where: str) -> np.ndarray:
         oldest = np.lib.format.read_magic(file) == (1, 0)
         read_header = np.lib.format.read_array_header_1_0 if oldest else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read_header(file)
-    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-        raise UserError(f'{where} cannot be decoded: {str(error).splitlines()[0]}') from None
+    except Exception as error:  # NumPy lets through whatever Python's parser and tokenizer raise
+        raise UserError(f'{where} cannot be decoded: {quoted(error)}') from None
     kinds = (('u1', 3, 1), ('u1', 3, 3), ('f4', 3, LATENT_CHANNELS))
     if (dtype.str[1:], len(shape), *shape[:1]) not in kinds or 0 in shape:
         raise UserError(

@@ -1,6 +1,5 @@
 """MNIST and what else comes in IDX files."""
 
-import gzip
 import math
 import re
 import struct
@@ -8,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.sources.cifar10 import DAMAGES
 from dataset.sources.source import InMemory, Source
+from dataset.sources.unpacked import read_unpacked
 from dnnlib.errors import UserError
+
+LARGEST = 2**30  # bytes, unpacked; the largest set of the kind, EMNIST's, has 550 MB
 
 
 def is_idx(path: str) -> bool:
@@ -39,18 +40,10 @@ def open_idx(path: str) -> Source:
 
 def _read_idx(path: str, dimensions: int) -> np.ndarray:
     """An array of bytes: 0, 0, type 8, number of dimensions, each as big-endian 32 bits, then the content."""
-    try:
-        with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as file:
-            data = file.read()
-        head = struct.unpack_from(f'>4B{dimensions}I', data)
-    except DAMAGES as error:
-        if isinstance(error, OSError) and error.filename:
-            raise
-        raise UserError(f'{path} is cut short or damaged: {error}') from None
-    shape = head[4:]
-    if head[:4] != (0, 0, 8, dimensions):
-        raise UserError(f'{path} is no file of bytes in {dimensions} dimensions, as MNIST has them')
-    start = 4 + 4 * dimensions
-    if len(data) - start != math.prod(shape):
-        raise UserError(f'{path} is cut short or damaged: it has {len(data) - start} bytes for {list(shape)}')
+    data, start = read_unpacked(path, LARGEST), 4 + 4 * dimensions
+    magic, shape = data[:4], struct.unpack(f'>{dimensions}I', data[4:start].ljust(4 * dimensions, b'\0'))
+    if magic != bytes([0, 0, 8, dimensions])[: len(data)]:
+        raise UserError(f'{path} is not a file of bytes in {dimensions} dimensions, such as those of MNIST')
+    if len(data) != start + math.prod(shape):
+        raise UserError(f'{path} is cut short or damaged: {len(data)} bytes, {start + math.prod(shape)} expected')
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
