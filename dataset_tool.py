@@ -60,7 +60,7 @@ def main() -> None:
 @main.command()
 @source_option
 @dest_option
-@click.option('--resolution', metavar='WxH|N', help='Size to bring the images to, bicubically.  [default: as they are]')
+@click.option('--resolution', metavar='WxH|N', help='Size to bring the images to.  [default: as they are]')
 @click.option('--transform', type=click.Choice(list(TRANSFORMS)), default='none', show_default=True,
               help='How to reach --resolution: by resizing alone, or by cutting the centre out.')  # fmt: skip
 @click.option('--color', type=click.Choice(list(COLORS)),
@@ -112,9 +112,8 @@ def convert(
         done = convert_images(images, indices, recipe, writer, skip_broken, workers)
     print(f'{dest}: {done.count} images of {shape_text(*done.shape)}')
     print('\n'.join(class_lines(done.labels, images.class_names)))
-    if done.skipped:
-        print(f'left out {len(done.skipped)} images that cannot be used:')
-        print('\n'.join(f'  {problem}' for problem in done.skipped))
+    for line in done.skipped_lines():
+        print(line)
 
 
 @main.command()

@@ -1,5 +1,6 @@
 """Images, or latents, and class labels of a dataset archive, for training."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -22,48 +23,59 @@ class ImageDataset(torch.utils.data.Dataset):
 
     Args:
         path: Folder or zip.
+        xflip: Double the dataset, as EDM does: item N + i is the mirror image, left to right, of item i.
 
     Attributes:
         path: As given.
         name: The last part of the path, without `.zip`.
-        names: Names of the image files, sorted.
+        names: Names of the N image files, sorted.
         image_shape: (C, H, W) of every image as a network sees it; C is 1 or 3, or 4 of latents.
         encoder: Name of the encoder (networks/encoders.py) between the images and what a network sees: `rgb` of images.
-        labels: Class indices, int64 [N], or None.
+        labels: Class indices of the files, int64 [N], or None.
         num_classes: Highest class index + 1; 0 without labels.
+        class_names: Name of each class, or None.
         made_with: What `dataset_tool.py` noted of how it was made; {} where there is no such note.
-        fingerprint: 16 hexadecimal digits that change with names, file sizes or labels; see `DatasetIndex`.
+        fingerprint: 16 hexadecimal digits that change with names, file sizes, labels or `xflip`; see `DatasetIndex`.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, xflip: bool = False):
         self.path = os.fspath(path)
         self.name = Path(self.path).resolve().name.removesuffix('.zip')
         index = open_index(self.path)
         self._archive = Archive(self.path, index.files)
         self.names = index.files.names
-        self.labels, self.made_with = index.labels.classes, index.labels.made_with
+        self.labels, self.class_names = index.labels.classes, index.labels.class_names
+        self.made_with = index.labels.made_with
         self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
-        self.fingerprint = index.fingerprint
+        self.xflip = xflip
+        self.fingerprint = _mirrored(index.fingerprint) if xflip else index.fingerprint
         first = self._archive.read_pixels(0)
         self._shape: tuple[int, int, int] = first.shape  # as stored
         self.encoder = encoder_of(first)
         self.image_shape = first.shape if self.encoder == 'rgb' else (first.shape[0] // 2, *first.shape[1:])
+        if xflip and self.encoder != 'rgb':
+            raise UserError(f'{self.path} holds latents, which cannot be mirrored; encode mirrored images instead')
 
     def __len__(self) -> int:
-        return len(self.names)
+        return (1 + self.xflip) * len(self.names)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image = self.read(index)
-        return torch.from_numpy(image), -1 if self.labels is None else int(self.labels[index])
+        return torch.from_numpy(image), -1 if self.labels is None else int(self.labels[index % len(self.names)])
 
     def read(self, index: int) -> np.ndarray:
         """The image, or the latents, as an array."""
+        flipped, index = divmod(range(len(self))[index], len(self.names))
         image = self._archive.read_pixels(index)
         if image.shape != self._shape:
             here, there = (shape_text(h, w, c) for c, h, w in (image.shape, self._shape))
             where = self._archive.where(self.names[index])
             raise UserError(f'{where} is {here}, but {self.names[0]} is {there}; all images must be alike')
-        return image
+        return np.ascontiguousarray(image[:, :, ::-1]) if flipped else image
+
+
+def _mirrored(fingerprint: str) -> str:
+    return hashlib.blake2b(f'{fingerprint} xflip'.encode(), digest_size=8).hexdigest()
 
 
 def open_dataset(path: str, use_labels: bool) -> tuple[ImageDataset, int]:

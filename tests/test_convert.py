@@ -64,16 +64,31 @@ def names_in(path):
 
 def test_the_note_of_how_it_was_made(tmp_path):
     output = convert(photos(tmp_path / 'in'), tmp_path / 'a.zip', '--resolution=4', '--transform=center-crop')
-    made_with = {'source': 'in', 'transform': 'center-crop', 'resolution': [4, 4], 'color': 'keep', 'format': 'png'}
+    made_with = {'source': 'in', 'transform': 'center-crop', 'filter': 'lanczos', 'resolution': [4, 4], 'color': 'keep',
+                 'format': 'png'}  # fmt: skip
     assert ImageDataset(tmp_path / 'a.zip').made_with == made_with
     with zipfile.ZipFile(tmp_path / 'a.zip') as file:
         content = json.loads(file.read('dataset.json'))
-    assert list(content) == ['labels', 'edm2plus'] and content['edm2plus'] == made_with
+    assert list(content) == ['labels', 'class_names', 'edm2plus'] and content['edm2plus'] == made_with
     assert output.startswith('writing 12 images of in as 4x4 RGB PNG, about 0.0 MB\n')
     assert 'made with: {"source": "in", "transform": "center-crop"' in tool('info', f'--source={tmp_path}/a.zip')
     convert(tmp_path / 'a.zip', tmp_path / 'b.zip', '--color=gray')
     again = ImageDataset(tmp_path / 'b.zip').made_with
     assert again['before'] == made_with and again['color'] == 'gray' and again['source'] == 'a'
+
+
+def test_class_names_are_kept(tmp_path):
+    convert(photos(tmp_path / 'in'), tmp_path / 'a.zip', '--workers=0')
+    assert ImageDataset(tmp_path / 'a.zip').class_names == ['a', 'b', 'c']
+    with zipfile.ZipFile(tmp_path / 'a.zip') as file:
+        content = json.loads(file.read('dataset.json'))
+    assert content['class_names'] == ['a', 'b', 'c']
+    assert dict(content['labels']) == {f'00000/img{i:08d}.png': i // 4 for i in range(12)}  # all that EDM2 reads
+    assert 'class 1 (b): 4 images\n' in tool('info', f'--source={tmp_path}/a.zip')
+    convert(tmp_path / 'a.zip', tmp_path / 'b', '--color=gray', '--max-images=2')
+    assert ImageDataset(tmp_path / 'b').class_names == ['a', 'b', 'c'] and len(ImageDataset(tmp_path / 'b')) == 2
+    convert('digits', tmp_path / 'c.zip', '--max-images=10')
+    assert ImageDataset(tmp_path / 'c.zip').class_names is None
 
 
 def test_datasets_without_a_note(tmp_path):
@@ -157,6 +172,20 @@ def test_skip_broken(tmp_path):
     assert 'left out 2 images' in output and all(f'  {problem}\n' in output for problem in skipped)
 
 
+def test_what_would_have_kept_images_is_said(tmp_path):
+    source = photos(tmp_path / 'in', 40)
+    for i in range(1, 31):
+        path = source / 'abc'[i % 3] / f'{i:05d}.png'
+        PIL.Image.new(*(('L', (8, 6)) if i % 2 else ('RGB', (6, 8)))).save(path)
+    (source / 'b' / '00031.png').write_bytes(b'?')
+    output = convert(source, tmp_path / 'a.zip', '--skip-broken')
+    assert output.count('.png is ') == 20 and '  and 11 more, all of them listed in dataset.json\n' in output
+    assert 'to keep 15 of them, add --color=rgb or --color=gray\n' in output
+    assert 'to keep 15 of them, choose a --resolution\n' in output
+    with pytest.raises(UserError, match='; --skip-broken leaves out images that cannot be used'):
+        convert(source, tmp_path / 'b.zip')
+
+
 def test_skip_broken_needs_one_that_is_not(tmp_path):
     source = photos(tmp_path / 'in', 2)
     for path in source.rglob('*.png'):
@@ -236,11 +265,11 @@ def test_options_that_do_not_go_together(tmp_path, args, message):
 
 @pytest.mark.parametrize('transform', TRANSFORMS)
 def test_every_transform_makes_a_dataset(tmp_path, transform):
-    size = '8x4' if transform == 'center-crop-wide' else '4'
+    size = '8x4' if 'wide' in transform else '4'
     source = photos(tmp_path / 'in', 3, (12, 12))
     convert(source, tmp_path / 'x.zip', f'--resolution={size}', f'--transform={transform}')
     dataset = ImageDataset(tmp_path / 'x.zip')
-    assert dataset.image_shape == ((3, 8, 8) if transform == 'center-crop-wide' else (3, 4, 4))
+    assert dataset.image_shape == ((3, 8, 8) if 'wide' in transform else (3, 4, 4))
     assert dataset.made_with['transform'] == transform
 
 

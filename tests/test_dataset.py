@@ -13,8 +13,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dataset.files.archive import Archive
+from dataset.files.writer import DatasetWriter, encode_png
 from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
 from tests.helpers import write_dataset
@@ -170,6 +173,25 @@ def test_forked_processes_do_not_share_a_file_position(archive):
         process.join()
 
 
+@pytest.mark.parametrize('labels', [LABELS, None])
+def test_mirror_images_follow_the_images(tmp_path, labels):
+    write_dataset(tmp_path / 'data.zip', random_images(), labels)
+    plain, dataset = ImageDataset(tmp_path / 'data.zip'), ImageDataset(tmp_path / 'data.zip', xflip=True)
+    assert len(dataset) == 2 * COUNT and dataset.fingerprint != plain.fingerprint and len(dataset.fingerprint) == 16
+    assert dataset.names == plain.names and dataset.image_shape == plain.image_shape
+    for i in range(COUNT):
+        image, label = plain[i]
+        assert torch.equal(dataset[i][0], image) and torch.equal(dataset[COUNT + i][0], image.flip(2))
+        assert dataset[COUNT + i][0].is_contiguous() and dataset[i][1] == dataset[COUNT + i][1] == label
+    assert torch.equal(dataset[-1][0], plain[-1][0].flip(2))
+    with pytest.raises(IndexError):
+        dataset[2 * COUNT]
+    batch = next(make_loader(dataset, BatchOrder(2 * COUNT, 0, 2 * COUNT, 2 * COUNT)))  # an epoch
+    assert sorted(image.numpy().tobytes() for image in batch.images) == sorted(
+        image.numpy().tobytes() for image, _ in dataset
+    )
+
+
 # --- Bad input ---
 
 
@@ -216,16 +238,17 @@ BAD_LABEL_FILES = {
     'no pairs': (label_file([['a.png', 1, 2], ['b.png', 2]]), 'should read like'),
     'no names': (label_file([[1, 1], ['b.png', 2]]), 'should read like'),
     'missing': (label_file([['a.png', 1]]), 'has no label for 1 of 2 images, for instance b.png'),
-    'extra': (
-        label_file([['a.png', 1], ['b.png', 1], ['c.png', 1], ['d.png', 1]]),
-        'has labels for 2 images that are not there, for instance c.png',
-    ),
     'twice': (label_file([['a.png', 1], ['b.png', 1], ['b.png', 2]]), 'more than one label .* for instance b.png'),
-    'float': (label_file([['a.png', 1.0], ['b.png', 1]]), 'not whole numbers from 0 up, for instance 1.0 of a.png'),
+    'float': (label_file([['a.png', 1.5], ['b.png', 1]]), 'not whole numbers from 0 up, for instance 1.5 of a.png'),
     'negative': (label_file([['a.png', 1], ['b.png', -1]]), 'not whole numbers from 0 up, for instance -1 of b.png'),
     'bool': (label_file([['a.png', True], ['b.png', 1]]), 'for instance True of a.png'),
     'text': (label_file([['a.png', '1'], ['b.png', 1]]), "for instance '1' of a.png"),
-    'one-hot': (label_file([['a.png', [0, 1]], ['b.png', [1, 0]]]), r'for instance \[0, 1\] of a.png'),
+    'extra': (
+        b'{"labels": [["a.png", 1], ["b.png", 1], ["c.png", 1], ["d.png", 1]], "edm2plus": {"source": "x"}}',
+        'has labels for 2 images that are not there, for instance c.png',
+    ),
+    'partly vectors': (label_file([['a.png', [0, 0]], ['b.png', 1]]), r'for instance \[0, 0\] of a.png'),
+    'long': (label_file([['a.png', 'x' * 10**6], ['b.png', 1]]), "xxx' of a.png"),
     'enormous': (label_file([['a.png', 2**70], ['b.png', 1]]), 'of a.png'),
 }
 
@@ -239,11 +262,40 @@ def test_bad_label_file_is_named(tmp_path, kind):
 
 
 def test_problems_of_labels_are_reported_together(tmp_path):
-    labels = label_file([['a.png', -1], ['c.png', 1]])
+    labels = label_file([['a.png', -1], ['c.png', 1], ['c.png', 2]])
     path = write_files(tmp_path / 'data', {'a.png': PICTURE, 'b.png': PICTURE, 'dataset.json': labels})
     with pytest.raises(UserError) as caught:
         ImageDataset(path)
     assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ('labels', 'expected', 'message'),
+    [
+        ([['a.png', 4.0], ['b.png', 1]], [4, 1], 'has 1 labels such as 4.0'),
+        ([['a.png', [0, 0, 1]], ['b.png', [1.0, 0, 0]]], [2, 0], 'has 2 labels such as 4.0, or one-hot vectors'),
+        ([['a.png', [0.5, 0.5]], ['b.png', [0, 1]]], None, 'vectors as labels that are not one-hot, of a.png'),
+        ([['d.png', 1], ['a.png', 2], ['c.png', 1], ['b.png', 1]], [2, 1], 'for 2 images that are not there, for'),
+    ],
+)  # fmt: skip
+def test_labels_that_other_readers_take_open_with_a_warning(tmp_path, capsys, labels, expected, message):
+    path = write_files(tmp_path / 'x.zip', {'a.png': PICTURE, 'b.png': PICTURE, 'dataset.json': label_file(labels)})
+    found = ImageDataset(path).labels
+    assert (found is None and expected is None) or found.tolist() == expected
+    errors = capsys.readouterr().err
+    assert errors.startswith(f'warning: {path}/dataset.json ') and message in errors and errors.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    ('names', 'expected'),
+    [(['ant', 'bee'], ['ant', 'bee']), (['ant', 'bee', 'cat'], ['ant', 'bee', 'cat']), (None, None), (['ant'], None),
+     ([1, 2], None), ({'0': 'ant'}, None)],
+)  # fmt: skip
+def test_class_names(tmp_path, capsys, names, expected):
+    content = {'labels': [['a.png', 1], ['b.png', 0]], 'class_names': names}
+    files = {'a.png': PICTURE, 'b.png': PICTURE, 'dataset.json': json.dumps(content).encode()}
+    assert ImageDataset(write_files(tmp_path / 'x.zip', files)).class_names == expected
+    assert ('are not a name for each' in capsys.readouterr().err) == (names is not None and expected is None)
 
 
 def test_missing_path_says_how_to_make_one(tmp_path):
@@ -351,6 +403,27 @@ def test_names_from_a_zip_do_not_reach_the_terminal(tmp_path):
     with pytest.raises(UserError) as caught:
         ImageDataset(path)[1]
     assert '\x1b' not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 200
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), length=st.sampled_from([1, 1, 20]), value=st.integers(0, 255))
+def test_damage_is_noticed_or_harmless(tmp_path, place, length, value):
+    """Any byte, or twenty: what opens has the images and labels that were written, or, less a name, no labels."""
+    with DatasetWriter(tmp_path / 'whole.zip') as writer:
+        for image in random_images(5):
+            writer.add('.png', encode_png(image))
+        writer.finish(LABELS[:5], {'source': 'x'})
+    data = bytearray((tmp_path / 'whole.zip').read_bytes())
+    start = int(place * len(data))
+    data[start : start + length] = bytes([value]) * len(data[start : start + length])
+    (tmp_path / 'x.zip').write_bytes(data)
+    try:
+        dataset = ImageDataset(tmp_path / 'x.zip')
+        items = [(image.permute(1, 2, 0).numpy(), label) for image, label in dataset]
+    except UserError:
+        return
+    assert dataset.labels is None or [label for _, label in items] == LABELS[:5].tolist()
+    assert all(np.array_equal(image, expected) for (image, _), expected in zip(items, random_images(5), strict=True))
 
 
 # --- Order ---

@@ -59,6 +59,15 @@ def test_the_index_gives_what_looking_through_gives(path, scans, monkeypatch):
     assert same(ImageDataset(path), again) and len(scans) == 2
 
 
+def test_class_names_are_in_it(tmp_path, scans, monkeypatch):
+    monkeypatch.setattr(dataset_index, 'KEEP_FROM', 1)
+    with DatasetWriter(tmp_path / 'data.zip') as writer:
+        writer.add('.npy', encode_npy(np.zeros((1, 2, 2), np.uint8)))
+        writer.finish([1], class_names=['ant', 'bee'])
+    assert [ImageDataset(tmp_path / 'data.zip').class_names for _ in range(2)] == [['ant', 'bee']] * 2
+    assert len(scans) == 1
+
+
 def test_small_datasets_have_none(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_index, 'KEEP_FROM', COUNT + 1)
     ImageDataset(make(tmp_path / 'data.zip'))

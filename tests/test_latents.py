@@ -45,6 +45,13 @@ def images(tmp_path):
     return ImageDataset(tmp_path / 'images.zip')
 
 
+def test_latents_have_no_mirror_images(tmp_path, images):
+    """The VAE's answer to a mirror image is not its mirrored answer."""
+    encode(images, tmp_path / 'x.zip')
+    with pytest.raises(UserError, match=r'x\.zip holds latents, which cannot be mirrored'):
+        ImageDataset(tmp_path / 'x.zip', xflip=True)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(encode_module, 'CHUNK', 4)

@@ -27,6 +27,10 @@ def keys_cubic(x):
     return np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
 
 
+def lanczos(x):
+    return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+
+
 def box(x):
     return np.where((x > -0.5) & (x <= 0.5), 1.0, 0.0)
 
@@ -58,6 +62,19 @@ def test_dhariwal_crop(shape, target):
     assert np.abs(result - dhariwal(pixels.astype(float), target)).max() < 2e-3
 
 
+@pytest.mark.parametrize('name', ['center-crop', 'center-crop-bicubic'])
+@pytest.mark.parametrize('shape', [(64, 64), (63, 100), (100, 64), (20, 31)])
+def test_center_crop(name, shape):
+    """EDM2: the square of the shorter side, by Lanczos."""
+    pixels = np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
+    result = np.asarray(apply(name, PIL.Image.fromarray(pixels), (32, 32)))
+    side = min(shape)
+    top, left = ((extent - side) // 2 for extent in shape)
+    crop = pixels[top : top + side, left : left + side].astype(float)
+    matrix = filter_matrix(side, 32, *((lanczos, 3) if name == 'center-crop' else (keys_cubic, 2)))
+    assert np.abs(result - matrix @ crop @ matrix.T).max() < 2e-3
+
+
 def test_dhariwal_crop_by_hand():
     # 8x4 -> shorter side 4 = 2x2: halved once to 4x2, then already the target, middle columns 1 and 2.
     pixels = np.arange(32, dtype=np.uint8).reshape(4, 8) * 4
@@ -70,7 +87,7 @@ def test_dhariwal_crop_is_not_the_plain_one():
     # What halving first is for: bicubic from far above would look at more pixels.
     pixels = np.random.default_rng(0).integers(0, 256, (70, 70), dtype=np.uint8)
     image = PIL.Image.fromarray(pixels)
-    one, other = (np.asarray(apply(name, image, (16, 16))) for name in ('center-crop-dhariwal', 'center-crop'))
+    one, other = (np.asarray(apply(f'center-crop-{name}', image, (16, 16))) for name in ('dhariwal', 'bicubic'))
     assert np.abs(one.astype(int) - other).max() > 3
 
 

@@ -8,6 +8,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 
@@ -99,10 +100,12 @@ def list_zip(path: str | os.PathLike) -> FileTable:
         if file.read(2) != b'PK':
             raise UserError(f'{path} is neither a folder nor a zip')
         try:
-            entries = [entry for entry in zipfile.ZipFile(file).infolist() if not entry.is_dir()]
+            entries = zipfile.ZipFile(file).infolist()
+            _check_count(file, len(entries))
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
             raise UserError(f'{path} is cut short or damaged: {error}') from None
         end = file.seek(0, os.SEEK_END)
+    entries = [entry for entry in entries if not entry.is_dir()]
     _refuse(path, 'lead out of it', [entry.filename for entry in entries if _leads_out(entry.filename)])
     entries = sorted((entry for entry in entries if not _is_hidden(entry.filename)), key=lambda entry: entry.filename)
     names = [entry.filename for entry in entries]
@@ -113,6 +116,17 @@ def list_zip(path: str | os.PathLike) -> FileTable:
     sizes, offsets, packed, crcs, methods = (column.copy() for column in numbers.reshape(-1, 5).T)
     names = Names.of([name.encode(*ENCODING) for name in names])
     return FileTable(names, sizes, offsets, packed, crcs.astype(np.uint32), methods.astype(np.uint8))
+
+
+def _check_count(file: BinaryIO, count: int) -> None:
+    """Hold the entries of a zip against the number that its end gives, which zipfile ignores."""
+    file.seek(max(file.seek(0, os.SEEK_END) - 2**17, 0))
+    tail = file.read()
+    (noted,) = struct.unpack_from('<H', tail, tail.rindex(b'PK\5\6') + 10)
+    if noted == 2**16 - 1 and b'PK\6\6' in tail:
+        (noted,) = struct.unpack_from('<Q', tail, tail.rindex(b'PK\6\6') + 32)
+    if (noted - count) % 2**16:  # of more files, some programs write the lower 16 bits
+        raise ValueError(f'it has {count} files, {noted} expected')
 
 
 def _numbers(entry: zipfile.ZipInfo) -> tuple[int, ...]:

@@ -107,6 +107,7 @@ def _save(index: DatasetIndex, state: Mapping[str, Any], path: Path) -> None:
         'version': VERSION,
         'state': state,
         'made_with': index.labels.made_with,
+        'class_names': index.labels.class_names,
         'fingerprint': index.fingerprint,
     }
     save_tensors(path, {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, header)
@@ -124,6 +125,7 @@ def _load(path: str | os.PathLike) -> DatasetIndex | None:
             arrays = {name: tensor.numpy() for name, tensor in file.items()}
         arrays['crcs'] = arrays['crcs'].view(np.uint32)
         table = FileTable(Names(arrays['text'], arrays['ends']), **{name: arrays[name] for name in COLUMNS})
-        return DatasetIndex(table, Labels(arrays.get('labels'), header['made_with']), header['fingerprint'])
+        labels = Labels(arrays.get('labels'), header.get('class_names'), header['made_with'])
+        return DatasetIndex(table, labels, header['fingerprint'])
     except (OSError, UnreadableFileError, KeyError, TypeError, AttributeError):
         return None

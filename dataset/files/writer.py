@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dataset.files.archive import is_zip_name
-from dataset.files.labels import LABEL_FILE, NOTE_KEY
+from dataset.files.labels import CLASSES_KEY, LABEL_FILE, NOTE_KEY
 from dataset.files.zip_format import DamagedZipError, ZipWriter
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_path, locked_folder, make_folder, write_json
@@ -90,18 +90,23 @@ class DatasetWriter(contextlib.AbstractContextManager):
         size = self._zip.size if self._zip else 0
         write_json(self._journal_path, {'about': self._about, 'count': self.count, 'size': size, 'state': self.state})
 
-    def finish(self, labels: Sequence[int] | None, made_with: Mapping[str, Any] | None = None) -> None:
+    def finish(
+        self, labels: Sequence[int] | None, made_with: Mapping[str, Any] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
         """Write `dataset.json` and put everything in its place.
 
         Args:
             labels: Class index of every file, None where they have no labels.
             made_with: How the dataset was made, for `ImageDataset.made_with`.
+            class_names: Of all classes, where they have names.
         """
         names = self._names
         assert labels is None or len(labels) == len(names), f'{len(labels)} labels for {len(names)} images'
         pairs = None if labels is None else [[name, int(label)] for name, label in zip(names, labels, strict=True)]
+        named = {CLASSES_KEY: list(class_names)} if class_names and labels is not None else {}
         note = {NOTE_KEY: dict(made_with)} if made_with else {}
-        self._write(LABEL_FILE, json.dumps({'labels': pairs, **note}).encode())
+        self._write(LABEL_FILE, json.dumps({'labels': pairs, **named, **note}).encode())
         if self._zip:
             self._zip.finish()
             with atomic_path(self.dest) as beside:

@@ -1,5 +1,6 @@
 """From a source of images to a dataset."""
 
+import collections
 import functools
 import hashlib
 from collections.abc import Sequence
@@ -50,6 +51,12 @@ class Recipe:
     def keeps_pixels(self) -> bool:
         """Whether all images come out as they are."""
         return self.size is None and self.color == 'keep'
+
+    @property
+    def filter(self) -> dict[str, str]:
+        """That it resizes with, for notes and journals, which leave out bicubic."""
+        name = TRANSFORMS[self.transform].filter
+        return {'filter': name} if name else {}
 
     def problems(self) -> list[str]:
         """What is wrong with it, in words of dataset_tool.py's options."""
@@ -114,7 +121,8 @@ def about_conversion(source: Source, indices: Sequence[int], recipe: Recipe) -> 
     for index in indices:
         label = None if source.labels is None else int(source.labels[index])
         digest.update(repr((source.names[index], label)).encode(errors='surrogateescape'))
-    return {**asdict(recipe), 'source': source.name, 'images': len(indices), 'content': digest.hexdigest()}
+    about = {**asdict(recipe), **recipe.filter, 'source': source.name, 'images': len(indices)}
+    return {**about, 'content': digest.hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,17 @@ class Converted:
     shape: tuple[int, int, int]
     labels: np.ndarray | None
     skipped: list[str]
+
+    def skipped_lines(self, most: int = 20) -> list[str]:
+        """What was left out, for people to read, and which options would have kept how much of it."""
+        if not self.skipped:
+            return []
+        lines = [f'  {problem}' for problem in self.skipped[:most]]
+        if len(self.skipped) > most:
+            lines.append(f'  and {len(self.skipped) - most} more, all of them listed in dataset.json')
+        advice = collections.Counter(problem.rpartition('; ')[2] for problem in self.skipped if '; ' in problem)
+        kept = [f'to keep {count} of them, {mend}' for mend, count in advice.most_common() if '--' in mend]
+        return [f'left out {len(self.skipped)} images that cannot be used:', *lines, *kept]
 
 
 def convert_images(
@@ -160,7 +179,9 @@ def convert_images(
         if isinstance(result, UserError) and skip_broken:
             skipped.append((place, str(result)))
             continue
-        if not isinstance(result, ImageFile):
+        if isinstance(result, UserError):
+            raise UserError(f'{result}; --skip-broken leaves out images that cannot be used')
+        if isinstance(result, OSError):
             raise result
         first = first or (name, list(result.shape))
         writer.add(result.ending, result.data)
@@ -172,7 +193,8 @@ def convert_images(
     left_out = {place for place, _ in skipped}
     kept = [index for place, index in enumerate(indices) if place not in left_out]
     labels = None if source.labels is None else source.labels[kept]
-    writer.finish(labels, {**_note(source, recipe, first[1]), **({'skipped': problems} if problems else {})})
+    note = {**_note(source, recipe, first[1]), **({'skipped': problems} if problems else {})}
+    writer.finish(labels, note, source.class_names)
     return Converted(len(kept), tuple(first[1]), labels, problems)
 
 
@@ -184,6 +206,7 @@ def _note(source: Source, recipe: Recipe, shape: Sequence[int]) -> dict[str, Any
     return {
         'source': source.name,
         'transform': recipe.transform,
+        **recipe.filter,
         'resolution': [shape[1], shape[0]],
         'color': recipe.color,
         'format': recipe.format,

@@ -154,5 +154,5 @@ def _put_together(
         if key in dataset.made_with:
             made_with[key] = dataset.made_with[key]
     made_with.setdefault('resolution', [dataset.image_shape[2], dataset.image_shape[1]])
-    writer.finish(dataset.labels, {**made_with, 'before': dict(dataset.made_with)})
+    writer.finish(dataset.labels, {**made_with, 'before': dict(dataset.made_with)}, dataset.class_names)
     return statistics

@@ -1,5 +1,6 @@
 """How a source image becomes one of the dataset: upright, 8-bit, of the asked size and colours."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ COLORS = {'keep': None, 'gray': 'L', 'rgb': 'RGB'}  # what --color makes of imag
 
 Size = tuple[int, int]  # width, height
 
-BICUBIC, BOX = PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX
+BICUBIC, BOX, LANCZOS = PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX, PIL.Image.Resampling.LANCZOS
 
 
 def normalize(image: PIL.Image.Image, where: str, color: str = 'keep') -> PIL.Image.Image:
@@ -62,19 +63,22 @@ def resize(image: PIL.Image.Image, size: Size, where: str) -> PIL.Image.Image:
     return image.resize(size, BICUBIC)
 
 
-def center_crop(image: PIL.Image.Image, size: Size, where: str) -> PIL.Image.Image:
-    """Cut out the largest centred part with the aspect ratio of (width, height), then resize bicubically to it."""
+def center_crop(image: PIL.Image.Image, size: Size, where: str, resample: int = LANCZOS) -> PIL.Image.Image:
+    """Cut out the largest centred part with the aspect ratio of (width, height), then resize it to that.
+
+    With Lanczos and a square, this is what EDM and EDM2 do.
+    """
     scale = min(image.width / size[0], image.height / size[1])
     width, height = max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height)).resize(size, BICUBIC)
+    return image.crop((left, top, left + width, top + height)).resize(size, resample)
 
 
-def center_crop_wide(image: PIL.Image.Image, size: Size, where: str) -> PIL.Image.Image:
+def center_crop_wide(image: PIL.Image.Image, size: Size, where: str, resample: int = LANCZOS) -> PIL.Image.Image:
     """As `center_crop`, then lay the result on the middle of a black square of its width; size [width, width]."""
     width, height = size
     square = PIL.Image.new(image.mode, (width, width), 0)
-    square.paste(center_crop(image, size, where), (0, (width - height) // 2))
+    square.paste(center_crop(image, size, where, resample), (0, (width - height) // 2))
     return square
 
 
@@ -101,17 +105,24 @@ class Transform:
         apply: (image, (width, height), name of the file for messages) -> image.
         fits: Which sizes it can make; all by default.
         sizes: Those sizes in words.
+        filter: That it resizes with, for notes; '' stands for bicubic, as in notes from before there was another.
     """
 
     apply: Callable[[PIL.Image.Image, Size, str], PIL.Image.Image]
     fits: Callable[[int, int], bool] = lambda width, height: True
     sizes: str = 'any size'
+    filter: str = ''
 
+
+WIDE = (lambda width, height: width > height, 'a width above the height')
+SQUARE = (lambda width, height: width == height, 'a square')
 
 # What to do to reach --resolution; a new transform is one entry.
 TRANSFORMS: dict[str, Transform] = {
     'none': Transform(resize),
-    'center-crop': Transform(center_crop),
-    'center-crop-wide': Transform(center_crop_wide, lambda width, height: width > height, 'a width above the height'),
-    'center-crop-dhariwal': Transform(center_crop_dhariwal, lambda width, height: width == height, 'a square'),
+    'center-crop': Transform(center_crop, filter='lanczos'),
+    'center-crop-bicubic': Transform(functools.partial(center_crop, resample=BICUBIC)),
+    'center-crop-wide': Transform(center_crop_wide, *WIDE, filter='lanczos'),
+    'center-crop-wide-bicubic': Transform(functools.partial(center_crop_wide, resample=BICUBIC), *WIDE),
+    'center-crop-dhariwal': Transform(center_crop_dhariwal, *SQUARE),
 }

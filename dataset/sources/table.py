@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 
 from dataset.files.archive import NPY, Archive, decode_npy, encoder_of
-from dataset.files.labels import LABEL_FILE, read_labels
+from dataset.files.labels import LABEL_FILE, Labels, read_labels
 from dataset.sources.cifar10 import open_cifar10
 from dataset.sources.embedded import open_digits, open_photos
 from dataset.sources.image_files import load_image, source_formats
@@ -54,15 +54,12 @@ def _archive(path: str, color: str = 'keep') -> Source:
     archive = Archive(path)
     rows = archive.rows_ending({*source_formats(), NPY})
     names = [archive.files.names[row] for row in rows]
-    labels, class_names = read_labels(archive, names), None
-    classes = labels.classes
-    if archive.files.find(LABEL_FILE) is None:
-        classes, class_names = _folder_labels(archive, names)
+    labels = (_folder_labels if archive.files.find(LABEL_FILE) is None else read_labels)(archive, names)
     return Source(
         name=Path(path).resolve().name.removesuffix('.zip'),
         names=[archive.where(name) for name in names],
-        labels=classes,
-        class_names=class_names,
+        labels=labels.classes,
+        class_names=labels.class_names,
         read=functools.partial(_read, archive, rows),
         bytes_on_disk=Path(path).stat().st_size if Path(path).is_file() else int(archive.files.sizes.sum()),
         file=functools.partial(_file, archive, rows),
@@ -82,7 +79,7 @@ def _is_imagenet(path: str) -> bool:
     return Path(path, IMAGENET).is_dir() or (Path(path).is_dir() and Path(path).resolve().as_posix().endswith(IMAGENET))
 
 
-def _folder_labels(archive: Archive, names: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
+def _folder_labels(archive: Archive, names: list[str]) -> Labels:
     """Number the class folders in sorted order; a class folder is the first one in which the paths differ."""
     paths = [name.split('/')[:-1] for name in names]
     depth = 0
@@ -91,13 +88,13 @@ def _folder_labels(archive: Archive, names: list[str]) -> tuple[np.ndarray | Non
     folders = [path[depth] if len(path) > depth else None for path in paths]
     if None in folders:
         if len(set(folders)) == 1:
-            return None, None
+            return Labels()
         loose, sorted_in = (names[[folder is None for folder in folders].index(here)] for here in (True, False))
         problem = f'but {archive.where(loose)} is in none; move it, or give all labels in {LABEL_FILE}'
         raise UserError(f'{archive.where(sorted_in)} is in a class folder, {problem}')
     class_names = sorted(set(folders))
     index = {name: i for i, name in enumerate(class_names)}
-    return np.array([index[folder] for folder in folders], np.int64), class_names
+    return Labels(np.array([index[folder] for folder in folders], np.int64), class_names)
 
 
 # Sources that need no files, by the names by which they are asked for.
@@ -133,7 +130,7 @@ def class_lines(labels: np.ndarray | None, class_names: list[str] | None, most: 
     classes, counts = np.unique(labels, return_counts=True)
     lines = []
     for label, count in zip(classes[:most], counts[:most], strict=True):
-        name = f' ({class_names[label]})' if class_names else ''
+        name = f' ({quoted(class_names[label])})' if class_names else ''
         lines.append(f'class {label}{name}: {count} images')
     if len(classes) > most:
         lines.append(f'... {len(classes)} classes in all, with {counts.min()} to {counts.max()} images each')
