@@ -179,7 +179,7 @@ def test_what_would_have_kept_images_is_said(tmp_path):
         PIL.Image.new(*(('L', (8, 6)) if i % 2 else ('RGB', (6, 8)))).save(path)
     (source / 'b' / '00031.png').write_bytes(b'?')
     output = convert(source, tmp_path / 'a.zip', '--skip-broken')
-    assert output.count('.png is ') == 20 and '  and 11 more, all of them listed in dataset.json\n' in output
+    assert output.count(f'\n  {source}/') == 20 and '  and 11 more, all of them listed in dataset.json\n' in output
     assert 'to keep 15 of them, add --color=rgb or --color=gray\n' in output
     assert 'to keep 15 of them, choose a --resolution\n' in output
     with pytest.raises(UserError, match='; --skip-broken leaves out images that cannot be used'):

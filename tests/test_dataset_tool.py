@@ -402,7 +402,7 @@ def test_info(tmp_path, photos, capsys):
     assert f'mean {values.mean():.2f}, std {values.std():.2f} of 255' in output
     scaled = values / 127.5 - 1
     assert f'mean {scaled.mean():.3f}, std {scaled.std():.3f}\n' in output
-    assert 'class 0: 4 images\nclass 1: 2 images\nclass 2: 6 images\n' in output
+    assert 'class 0 (ant): 4 images\nclass 1 (bee): 2 images\nclass 2 (cat): 6 images\n' in output
     sheet = np.asarray(PIL.Image.open(tmp_path / 'sheets' / 'sheet.png'))
     assert sheet.shape == (6 * (48 + 2) - 2, 3 * (64 + 2) - 2, 3)
     classes = [{6, 7, 8, 9}, {10, 11}, {0, 1, 2, 3, 4, 5}]  # by their red, in columns

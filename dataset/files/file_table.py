@@ -105,7 +105,7 @@ def list_zip(path: str | os.PathLike) -> FileTable:
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
             raise UserError(f'{path} is cut short or damaged: {error}') from None
         end = file.seek(0, os.SEEK_END)
-    entries = [entry for entry in entries if not entry.is_dir()]
+    entries = [entry for entry in entries if not entry.filename.endswith('/')]
     _refuse(path, 'lead out of it', [entry.filename for entry in entries if _leads_out(entry.filename)])
     entries = sorted((entry for entry in entries if not _is_hidden(entry.filename)), key=lambda entry: entry.filename)
     names = [entry.filename for entry in entries]
@@ -171,7 +171,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _leads_out(name: str) -> bool:
-    return name.startswith('/') or ('..' in name and '..' in name.replace('\\', '/').split('/'))
+    return not name or name.startswith('/') or ('..' in name and '..' in name.replace('\\', '/').split('/'))
 
 
 def _refuse(path: str | os.PathLike, why: str, names: list[str]) -> None:
