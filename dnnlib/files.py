@@ -69,12 +69,9 @@ def read_regular(path: str | os.PathLike, most: int) -> bytes:
 
 @contextlib.contextmanager
 def locked_folder(path: str | os.PathLike) -> Iterator[None]:
-    """Keep other processes that ask the same out of a folder; the lock ends with this process, however it ends.
+    """Lock a folder for this process, or raise a UserError where another one has; it ends with the process.
 
-    Where the file system knows no locks (some network ones), nothing is locked.
-
-    Raises:
-        UserError: where another process holds the lock.
+    Where the file system has no locks (some network ones), nothing is locked.
     """
     with open(Path(path) / '.lock', 'w') as file:
         try:
@@ -110,14 +107,9 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def make_folder(path: str | os.PathLike) -> Path:
-    """Create a folder for output and check that it can be written, so that a run fails before its work.
-
-    Raises:
-        UserError: where the name is empty (an unset variable on a command line, say).
-        OSError: with the folder's name, where it cannot be made or written.
-    """
+    """Create a folder for output and check that it can be written, so that a run fails before its work."""
     if not os.fspath(path):
-        raise UserError('the name of the output folder is empty')
+        raise UserError('the name of the output folder is empty')  # an unset variable on a command line, say
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def free_memory() -> float:
-    """Bytes that can be had without swapping; where the system does not say, half of what it has."""
+    """Bytes available without swapping; where the system does not say, half of its memory."""
     information = Path('/proc/meminfo')
     for line in information.read_text().splitlines() if information.exists() else []:
         if line.startswith('MemAvailable:'):

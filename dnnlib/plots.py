@@ -6,10 +6,6 @@ from dnnlib.errors import UserError
 
 
 def require_matplotlib() -> None:
-    """Make sure that pictures can be drawn.
-
-    Raises:
-        UserError: where matplotlib is missing.
-    """
+    """Raise a UserError where matplotlib is missing."""
     if importlib.util.find_spec('matplotlib') is None:
         raise UserError('a plot needs matplotlib: pip install matplotlib')

@@ -9,6 +9,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -285,34 +286,18 @@ def _network(snapshot: Snapshot) -> torch.nn.Module:
         return Denoiser(snapshot.info.config)
 
 
-class _LoadedTensors:
-    """What `MappedTensors` does, for files of other kinds."""
-
-    def __init__(self, path: str):
-        self._file = open_network(path)
-
-    def __enter__(self) -> '_LoadedTensors':
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._file.__exit__(*details)
-
-    def get(self, name: str) -> torch.Tensor:
-        return self._file.get(name).reshape(-1)
-
-    def release(self, name: str) -> None:
-        pass
+@contextlib.contextmanager
+def _reader(snapshot: Snapshot) -> Iterator[MappedTensors | SimpleNamespace]:
+    """The tensors of a snapshot, flat, as `MappedTensors` gives them, of published files too."""
+    if snapshot.path.endswith('.safetensors'):
+        with MappedTensors(snapshot.path) as file:
+            yield file
+    else:
+        with open_network(snapshot.path) as file:
+            yield SimpleNamespace(get=lambda name: file.get(name).reshape(-1), release=lambda name: None)
 
 
-def _reader(snapshot: Snapshot) -> MappedTensors | _LoadedTensors:
-    ours = snapshot.path.endswith('.safetensors')
-    return MappedTensors(snapshot.path) if ours else _LoadedTensors(snapshot.path)
-
-
-def _add(
-    total: torch.Tensor, coefficients: torch.Tensor, name: str, files: list[MappedTensors | _LoadedTensors]
-) -> None:
+def _add(total: torch.Tensor, coefficients: torch.Tensor, name: str, files: list) -> None:
     """total [networks, ...] += coefficients [networks, files] @ (files, the tensor `name` of each), piece by piece."""
     total = total.view(len(total), -1)
     width = min(total.shape[1], ELEMENTS_AT_ONCE)

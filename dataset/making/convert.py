@@ -215,7 +215,7 @@ def _note(source: Source, recipe: Recipe, shape: Sequence[int]) -> dict[str, Any
 
 
 def other_shape(name: str, shape: Sequence[int], first_name: str, first_shape: Sequence[int]) -> UserError:
-    """What to say of an image that is not like the first."""
+    """The error for an image that is not like the first."""
     same_size = tuple(shape[:2]) == tuple(first_shape[:2])
     mend = 'add --color=rgb or --color=gray' if same_size else 'choose a --resolution'
     return UserError(f'{name} is {shape_text(*shape)}, but {first_name} is {shape_text(*first_shape)}; {mend}')

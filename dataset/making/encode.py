@@ -57,8 +57,8 @@ def encode_dataset(
 ) -> LatentStatistics | None:
     """Encode all images; rank r takes the chunks r, r + world_size, ..., and rank 0 puts them together.
 
-    Chunks lie in the folder of the dataset in the making, which all ranks must see, and make batches of their own: the
-    number of ranks changes nothing in the result.
+    Chunks lie in the work folder, which all ranks must see, and no batch spans two of them: the number of ranks changes
+    nothing in the result.
 
     Args:
         dataset: Images.

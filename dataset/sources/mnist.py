@@ -11,7 +11,7 @@ from dataset.sources.source import InMemory, Source
 from dataset.sources.unpacked import read_unpacked
 from dnnlib.errors import UserError
 
-LARGEST = 2**30  # bytes, unpacked; the largest set of the kind, EMNIST's, has 550 MB
+LARGEST = 3 * 2**28  # bytes, unpacked; the largest set of the kind, EMNIST's, has 550 MB
 
 
 def is_idx(path: str) -> bool:

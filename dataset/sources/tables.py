@@ -138,7 +138,7 @@ def open_tables(path: str) -> Source:
 
 
 def _damaged_table(file: str, error: Exception) -> Exception:
-    """What to say of a table that cannot be read; pyarrow's errors of damage are OSErrors without a number."""
+    """The error for a table that cannot be read; pyarrow's errors of damage are OSErrors without a number."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, os.strerror(error.errno), file)
     return UserError(f'{file} is cut short or damaged: {error}'.splitlines()[0])
