@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dnnlib.errors import UserError, quoted
+from dnnlib.errors import UserError, printable
 from dnnlib.files import read_regular
 from ema.power import STD_LIMIT, Combination, solve
 from networks.denoiser import Denoiser
@@ -87,9 +87,9 @@ class Wanted:
         found = []
         for pattern, std in self.lengths:
             if not 0 < std < STD_LIMIT:
-                found.append(f'EMA lengths must be between 0 and {STD_LIMIT:.4f}, not {quoted(std)}')
+                found.append(f'EMA lengths must be between 0 and {STD_LIMIT:.4f}, not {printable(std)}')
             if not fnmatch.filter(names, pattern):
-                found.append(f'{self.label}: no parameter has a name like {quoted(pattern)}')
+                found.append(f'{self.label}: no parameter has a name like {printable(pattern)}')
         left = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in self.lengths)]
         if left:
             found.append(f'{self.label}: no pattern matches {left[0]}; add "*" for the rest')

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from dnnlib.errors import UserError, choose, quoted, unknown_choice
+from dnnlib.errors import UserError, choose, printable, unknown_choice
 from dnnlib.files import open_regular, read_regular
 from dnnlib.images import image_grid
 from dnnlib.jsonl import append_record, cut_records, mend_records, read_records
@@ -58,9 +58,9 @@ def test_choosing_from_a_table():
 
 
 def test_messages_are_bounded():
-    assert quoted('a b.png') == 'a b.png' and quoted(4) == '4'
-    assert quoted('x\x1b[31m\n') == r'x\x1b[31m\n' and quoted('\udcff') == r'\udcff'
-    assert len(quoted('x' * 10**6)) == 100 and quoted('a' * 99 + 'bc').endswith('abc')
+    assert printable('a b.png') == 'a b.png' and printable(4) == '4'
+    assert printable('x\x1b[31m\n') == r'x\x1b[31m\n' and printable('\udcff') == r'\udcff'
+    assert len(printable('x' * 10**6)) == 100 and printable('a' * 99 + 'bc').endswith('abc')
     error = UserError([f'problem {i}' for i in range(63)])
     assert str(error).endswith('problem 9; and 53 more') and len(error.problems) == 63
     assert str(UserError([str(i) for i in range(10)])).endswith('8; 9')

@@ -23,7 +23,7 @@ import PIL.Image
 
 from dataset.files.file_table import FileTable, list_folder, list_zip
 from dataset.files.zip_format import DamagedZipError, read_member
-from dnnlib.errors import UserError, quoted
+from dnnlib.errors import UserError, printable
 from dnnlib.files import read_regular
 
 IMAGE_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.webp': 'WEBP', '.bmp': 'BMP'}
@@ -77,7 +77,7 @@ class Archive:
 
     def where(self, name: str) -> str:
         """What messages call a file."""
-        return f'{self.path}/{quoted(name)}'
+        return f'{self.path}/{printable(name)}'
 
     def rows_ending(self, endings: Container[str]) -> list[int]:
         """Rows in `files` of images: those whose names have one of these endings, in lower case; at least one."""
@@ -136,16 +136,16 @@ def decode_npy(data: bytes, where: str) -> np.ndarray:
         read_header = np.lib.format.read_array_header_1_0 if oldest else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read_header(file)
     except Exception as error:  # NumPy lets through whatever Python's parser and tokenizer raise
-        raise UserError(f'{where} cannot be decoded: {quoted(error)}') from None
+        raise UserError(f'{where} cannot be decoded: {printable(error)}') from None
     kinds = (('u1', 3, 1), ('u1', 3, 3), ('f4', 3, LATENT_CHANNELS))
     if (dtype.str[1:], len(shape), *shape[:1]) not in kinds or 0 in shape:
         raise UserError(
-            f'{where} is {dtype} {quoted(list(shape))}; uint8 [1 or 3, H, W] are images, '
+            f'{where} is {dtype} {printable(list(shape))}; uint8 [1 or 3, H, W] are images, '
             f'float32 [{LATENT_CHANNELS}, H, W] latents (mean, standard deviation)'
         )
     have, needed = len(data) - file.tell(), math.prod(shape) * dtype.itemsize
     if have != needed:
-        raise UserError(f'{where} cannot be decoded: it has {have} bytes for {dtype} {quoted(list(shape))}')
+        raise UserError(f'{where} cannot be decoded: it has {have} bytes for {dtype} {printable(list(shape))}')
     flat = np.frombuffer(data, dtype, offset=file.tell())
     array = np.array(flat.reshape(shape, order='F' if fortran else 'C'), dtype.newbyteorder('='), order='C')
     if encoder_of(array) != 'rgb' and not np.abs(array).max() < LARGEST_LATENT:  # also where it is NaN

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dataset.files.zip_format import ENCRYPTED
-from dnnlib.errors import UserError, quoted
+from dnnlib.errors import UserError, printable
 from dnnlib.files import open_regular
 
 ENCODING = ('utf-8', 'surrogateescape')  # file names that are not UTF-8 keep their bytes
@@ -177,5 +177,5 @@ def _leads_out(name: str) -> bool:
 def _refuse(path: str | os.PathLike, why: str, names: list[str]) -> None:
     if names:
         raise UserError(
-            f'{path} is cut short or damaged: {len(names)} of its names {why}, for instance {quoted(names[0])}'
+            f'{path} is cut short or damaged: {len(names)} of its names {why}, for instance {printable(names[0])}'
         )

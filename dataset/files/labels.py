@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dataset.files.archive import Archive
-from dnnlib.errors import UserError, quoted, warn
+from dnnlib.errors import UserError, printable, quoted, warn
 
 LABEL_FILE = 'dataset.json'
 LABEL_EXAMPLE = '{"labels": [["00000/img00000000.png", 6], ...]}'
@@ -52,7 +52,7 @@ def read_labels(archive: Archive, names: Sequence[str]) -> Labels:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{where} is not JSON: {quoted(error)}') from None
+        raise UserError(f'{where} is not JSON: {printable(error)}') from None
     pairs = content.get('labels') if isinstance(content, dict) else ()
     if pairs is not None and not (isinstance(pairs, list) and all(map(_is_pair, pairs))):
         raise UserError(f'{where} does not say which image has which label; it should read like {LABEL_EXAMPLE}')
@@ -81,19 +81,21 @@ def _classes(where: str, pairs: list, names: Sequence[str], exactly: bool) -> np
     indices = {name: _class_index(label) for name, label in labels.items()}
     wrong = [name for name, index in indices.items() if index is None]
     if wrong and all(isinstance(label, list) for label in labels.values()):
-        warn(f'{where} has vectors as labels that are not one-hot, of {quoted(wrong[0])} for instance; opened without')
+        warn(
+            f'{where} has vectors as labels that are not one-hot, of {printable(wrong[0])}, say; opened without labels'
+        )
         return None
     problems = []
     if wrong:
-        example = f'{quoted(repr(labels[wrong[0]]))} of {quoted(wrong[0])}'
+        example = f'{quoted(labels[wrong[0]])} of {printable(wrong[0])}'
         problems.append(f'has {len(wrong)} labels that are not whole numbers from 0 up, for instance {example}')
     if len(labels) < len(pairs):
         name = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-        problems.append(f'has more than one label for an image, for instance {quoted(name)}')
+        problems.append(f'has more than one label for an image, for instance {printable(name)}')
     if missing := [name for name in names if name not in labels]:
-        problems.append(f'has no label for {len(missing)} of {len(names)} images, for instance {quoted(missing[0])}')
+        problems.append(f'has no label for {len(missing)} of {len(names)} images, for instance {printable(missing[0])}')
     if extra := labels.keys() - set(names):
-        problem = f'has labels for {len(extra)} images that are not there, for instance {quoted(min(extra))}'
+        problem = f'has labels for {len(extra)} images that are not there, for instance {printable(min(extra))}'
         problems.append(problem) if exactly else warn(f'{where} {problem}')
     if problems:
         raise UserError([f'{where} {problem}' for problem in problems])

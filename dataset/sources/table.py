@@ -18,7 +18,7 @@ from dataset.sources.image_files import load_image, source_formats
 from dataset.sources.mnist import is_idx, open_idx
 from dataset.sources.source import Source
 from dataset.sources.tables import open_tables, table_files
-from dnnlib.errors import UserError, quoted, unknown_choice
+from dnnlib.errors import UserError, printable, unknown_choice
 
 IMAGENET = 'ILSVRC/Data/CLS-LOC/train'
 
@@ -29,7 +29,7 @@ def open_source(source: str) -> Source:
         return EMBEDDED[source](source)
     if not source or not Path(source).exists():  # Path('') is the current folder
         problem = unknown_choice('source', source, EMBEDDED)
-        raise UserError(f'--source={quoted(source)} is neither a file nor a folder, and no embedded set: {problem}')
+        raise UserError(f'--source={printable(source)} is neither a file nor a folder, and no embedded set: {problem}')
     return next(open_kind for takes, open_kind in SOURCES.values() if takes(source))(source)
 
 
@@ -130,7 +130,7 @@ def class_lines(labels: np.ndarray | None, class_names: list[str] | None, most: 
     classes, counts = np.unique(labels, return_counts=True)
     lines = []
     for label, count in zip(classes[:most], counts[:most], strict=True):
-        name = f' ({quoted(class_names[label])})' if class_names else ''
+        name = f' ({printable(class_names[label])})' if class_names else ''
         lines.append(f'class {label}{name}: {count} images')
     if len(classes) > most:
         lines.append(f'... {len(classes)} classes in all, with {counts.min()} to {counts.max()} images each')
