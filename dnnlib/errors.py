@@ -1,26 +1,41 @@
 """Errors that a user can mend, and how to say them."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+MOST_SHOWN = 10  # problems in one message
 
 
 class UserError(ValueError):
-    """A user's mistake: one line per problem, shown without a traceback by the scripts.
+    """A user's mistake: one line, shown without a traceback by the scripts; of many problems, the first ten.
 
     Args:
         problems: One message, or several found in the same check.
+        where: The file that all of them are in, named once.
     """
 
-    def __init__(self, problems: str | Iterable[str]):
+    def __init__(self, problems: str | Iterable[str], where: str | None = None):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         assert self.problems, 'an error needs at least one problem'
-        super().__init__('; '.join(self.problems))
+        shown, more = self.problems[:MOST_SHOWN], len(self.problems) - MOST_SHOWN
+        message = '; '.join(shown if more <= 0 else [*shown, f'and {more} more'])
+        super().__init__(f'{where}: {message}' if where else message)
+
+
+def quoted(value: object, limit: int = 100) -> str:
+    """A name or value that a file or user gave, fit for a message: on one line, escaped, cut at `limit` characters."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = limit
+    text = short.repr(value)
+    text = text if text.isprintable() else ascii(text)[1:-1]  # a `__repr__` may say anything
+    return text if len(text) <= limit else f'{text[: limit - 3]}...'
 
 
 def unknown_choice(kind: str, name: str, choices: Iterable[str]) -> str:
     """Message for a name that is not among `choices`, naming the nearest ones (or all, if none is near)."""
     choices = list(choices)
-    near = difflib.get_close_matches(str(name), choices, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name)[:100], choices, n=3, cutoff=0.5)
     if near:
-        return f'unknown {kind} {name!r}; did you mean {" or ".join(near)}?'
-    return f'unknown {kind} {name!r}; choose from {", ".join(choices)}'
+        return f'unknown {kind} {quoted(name)}; did you mean {" or ".join(near)}?'
+    return f'unknown {kind} {quoted(name)}; choose from {", ".join(choices)}'

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dnnlib.errors import UserError, unknown_choice
+from dnnlib.errors import UserError, quoted, unknown_choice
 from dnnlib.images import image_grid
 from dnnlib.parsing import parse_float_list, parse_int_list, parse_nimg
 
@@ -45,6 +45,36 @@ def test_near_names():
         'did you mean edm2plus-digits?'
     )
     assert unknown_choice('metric', 'zzz', ['fid', 'kid']) == "unknown metric 'zzz'; choose from fid, kid"
+
+
+def test_quoted_values_fit_a_terminal():
+    assert quoted('a b') == "'a b'" and quoted((1, 2.5)) == '(1, 2.5)'
+    nested = ['x' * 1000]
+    for _ in range(100):
+        nested = [nested] * 10
+    recursive = []
+    recursive.append(recursive)
+    for value in (
+        'a\n\x1b[31m\u202e',
+        'x' * 10**6,
+        '\n' * 10**6,
+        b'\x00' * 10**6,
+        nested,
+        recursive,
+        10**4000,
+        np.eye(2),
+    ):
+        assert len(quoted(value)) <= 100 and quoted(value).isprintable()
+        assert len(quoted(value, limit=20)) <= 20
+    assert len(unknown_choice('preset', 'x' * 10**6, ['a'])) < 150
+
+
+def test_the_first_ten_of_many_problems_are_shown():
+    problems = [f'problem {i}' for i in range(63)]
+    error = UserError(problems, where='x.pkl')
+    assert error.problems == problems
+    assert str(error) == f'x.pkl: {"; ".join(problems[:10])}; and 53 more'
+    assert str(UserError(problems[:10])) == '; '.join(problems[:10])
 
 
 def test_image_grid():
