@@ -29,7 +29,7 @@ CALLS = {
     *(f'numpy.{c}.{name}' for c in ('core', '_core') for name in ARRAYS),
 }
 DTYPE = re.compile(r'[<>|=]?(?:[biu][1248]|f[248]|c(?:8|16)|\?)')  # numbers only: no objects, no records, no dates
-MOST_READS = 2**22  # bounds time and memory; a published network takes some 10^5, a batch of CIFAR-10 as many
+MOST_READS = 2**21  # bounds time and memory; a published network takes some 50,000, a batch of CIFAR-10 70,000
 LONGEST_NAME = 1000  # characters of a name or key: equal keys are compared to their ends
 LARGEST_KEY = 2**61 - 1  # integers below this hash to themselves, so that no file can make all keys collide
 LARGE = 4096  # bytes objects from here on are views of the file

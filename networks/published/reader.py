@@ -25,7 +25,7 @@ DTYPES = {
 }
 MAGIC = [0x1950A86A20F9469CFC6C, 1001]  # what the bytes of a storage begin with
 MOST_DIMS = 32
-MOST_READS = 1000  # of the five pickles before the numbers of a storage, which need a quarter of that
+MOST_READS = 1000  # of the five pickles before the numbers of a storage, which need a tenth of that
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
