@@ -506,7 +506,7 @@ QUADRATIC = {
     'a call with many arguments': b'(' + b'N' * 100_000 + b'tq\x01' + SET + b'q\x00(' + b'h\x00h\x01R' * 20_000 + b't.',
     'memo places that collide': b'N' + b''.join(b'p%d\n' % (i * (2**61 - 1)) for i in range(20_000)) + b'.',
     'equal keys of great length': b''.join(
-        b'X' + struct.pack('<I', 400_000) + b'a' * 400_000 + bytes([ord('q'), i]) for i in range(2)
+        b'X' + struct.pack('<I', 4_000_000) + b'a' * 4_000_000 + bytes([ord('q'), i]) for i in range(2)
     )
     + b'}'
     + b'h\x00Nsh\x01Ns' * 20_000

@@ -132,9 +132,7 @@ class PickleReader(pickle._Unpickler):
 
     def _build(self) -> None:
         state = self.stack.pop()
-        if type(self.stack[-1]) is not Call:
-            self._refuse('it sets the state of a value that has none')
-        self.stack[-1].state = state
+        self.stack[-1].state = state  # nothing but a `Call` has one
 
     def _put(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not dict:
@@ -179,8 +177,6 @@ def to_array(value: Any) -> np.ndarray:
             data, dtype, shape, order = value.args
         else:
             raise TypeError('a call')
-        if type(shape) is not tuple or any(type(n) is not int or n < 0 for n in shape):
-            raise TypeError('a shape')
         array = np.frombuffer(data, _to_dtype(dtype)).reshape(shape, order=order)
         return array.astype(array.dtype.newbyteorder('='))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
