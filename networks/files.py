@@ -56,7 +56,7 @@ class NetworkInfo:
             UserError: naming the file, where the header is not that of a network.
         """
         if header.get('kind') != KIND:
-            raise UserError(f'{path} is not a {KIND} but a {header.get("kind", "file of unknown kind")}')
+            raise UserError(f'{path} is not a {KIND} but {quoted(header.get("kind", "of unknown kind"))}')
         try:
             config = NetworkConfig.from_json(header['config'])
             encoder = str(header.get('encoder', 'rgb'))  # files of before there were others do not say
