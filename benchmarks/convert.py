@@ -46,7 +46,10 @@ TASKS = {
         STOCK,
         "import warnings; warnings.simplefilter('ignore'); x = Reader(open(path, 'rb')).load()",
     ),
-    'all tensors, FP16 (`open_network`)': ('', 'with networks.files.open_network(path) as f: x = dict(f.items())'),
+    'all tensors, FP16 (`open_network`)': (
+        '',
+        'with networks.files.open_network(path) as f: x = {n: f.get(n) for n in f.names}',
+    ),
     'network, float32 (`load_network`)': ('', 'x = networks.files.load_network(path)'),
     'bytes written and flushed to disk': (
         'import os, pathlib; data = pathlib.Path(path).read_bytes()',

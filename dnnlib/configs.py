@@ -12,7 +12,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dnnlib.errors import UserError, unknown_choice
+from dnnlib.errors import UserError, quoted, unknown_choice
 
 NAMES = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a name'}
 
@@ -60,7 +60,7 @@ def from_json(cls: type, values: Any, where: str = '') -> Any:
         UserError: with all fields that are unknown, missing or of another type.
     """
     if not isinstance(values, dict):
-        raise UserError(f'{where or "the config"} must be an object with named fields, not {values!r}')
+        raise UserError(f'{where or "the config"} must be an object with named fields, not {quoted(values)}')
     where = f'{where}.' if where else ''
     fields, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
     known = [where + name for name in fields]
@@ -95,7 +95,7 @@ def _read(value: Any, hint: Any, field: dataclasses.Field, where: str) -> Any:
     if hint == tuple[float, float] and isinstance(value, tuple) and value[-1:] == (None,):
         value = (*value[:-1], math.inf)  # an interval without an upper end
     if not _fits(value, hint):
-        raise UserError(f'{where} must be {_wanted(hint)}, not {value!r}')
+        raise UserError(f'{where} must be {_wanted(hint)}, not {quoted(value)}')
     return value
 
 
@@ -163,7 +163,7 @@ def _replaced(config: Any, path: list[str], value: Any, where: str) -> Any:
         rest = []
     if rest:
         if not dataclasses.is_dataclass(old):
-            raise UserError(f'{where} has no fields: it is {old!r}')
+            raise UserError(f'{where} has no fields: it is {quoted(old)}')
         return dataclasses.replace(config, **{name: _replaced(old, rest, value, where)})
     hint = typing.get_type_hints(type(config))[name]
     return dataclasses.replace(config, **{name: value if _is_config(value) else _read(value, hint, field, where)})
@@ -195,7 +195,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """
     name, equals, value = text.partition('=')
     if not equals or not name:
-        raise UserError(f'{text!r} is not NAME=VALUE, such as optimizer.lr=0.01')
+        raise UserError(f'{quoted(text)} is not NAME=VALUE, such as optimizer.lr=0.01')
     try:
         return name.strip(), json.loads(value)
     except ValueError:

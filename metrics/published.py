@@ -13,7 +13,7 @@ from metrics.detectors import Detector
 from metrics.gathering import Gathered, ImageSet, Need
 from metrics.reading import npz_array, npz_members
 from metrics.statistics import FeatureStatistics
-from torch_utils.pickles import read_pickle
+from torch_utils.pickles import Call, read_pickle, to_array
 
 DETECTORS = {'fid': 'inception', 'fd_dinov2': 'dinov2'}  # their names of metrics -> our detectors
 SUFFIXES = ('.npz', '.pkl')
@@ -78,6 +78,10 @@ def _read_pickle(path: str) -> dict[str, dict[str, np.ndarray]]:
 def _check(path: str, arrays: object) -> dict[str, np.ndarray]:
     """mu [F] and sigma [F, F], both float64 and finite."""
     found = {name: arrays.get(name) for name in ('mu', 'sigma')} if isinstance(arrays, dict) else {}
+    try:
+        found = {name: to_array(array) if isinstance(array, Call) else array for name, array in found.items()}
+    except UserError as error:
+        raise UserError(f'{path} is not a metric reference: {error}') from None
     if not found or any(not isinstance(a, np.ndarray) or a.dtype.kind != 'f' for a in found.values()):
         raise UserError(f'{path} is not a metric reference: mu and sigma must be arrays of floating-point numbers')
     found = {name: np.asarray(array, np.float64) for name, array in found.items()}

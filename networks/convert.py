@@ -87,11 +87,7 @@ def _get(file: NetworkFile | PublishedNetworkFile, name: str, dtype: str, consta
     """A tensor of an open file as it shall be stored."""
     if constant:
         return file.get(name).float()
-    if dtype != KEEP:
-        return file.get(name).to(PRECISIONS[dtype])
-    if isinstance(file, PublishedNetworkFile):
-        return file.get(name, share=True)  # from the mapped file to disk, without memory of its own
-    return file.get(name)
+    return file.get(name) if dtype == KEEP else file.get(name).to(PRECISIONS[dtype])
 
 
 def convert_folder(source: str | os.PathLike, dest: str | os.PathLike, dtype: str = KEEP, plain: bool = False) -> None:

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 
 from dnnlib.download import local_file
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, quoted
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
-from networks.published.edm2 import PublishedFile
+from networks.published.file import PublishedFile
 from torch_utils.pickles import looks_like_pickle
 from torch_utils.tensor_files import TensorFile, save_tensors
 
 KIND = 'network file'
-MOST_LISTED = 100  # lines of an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ class NetworkInfo:
             UserError: naming the file, where the header is not that of a network.
         """
         if header.get('kind') != KIND:
-            raise UserError(f'{path} is not a {KIND} but a {header.get("kind", "file of unknown kind")}')
+            raise UserError(f'{path} is not a {KIND} but {quoted(header.get("kind", "of unknown kind"))}')
         try:
             config = NetworkConfig.from_json(header['config'])
             encoder = str(header.get('encoder', 'rgb'))  # files of before there were others do not say
@@ -78,7 +77,7 @@ class NetworkInfo:
         except (TypeError, AttributeError) as error:
             raise UserError(f'{path}: the header cannot be read: {error}') from None
         except UserError as error:
-            raise UserError([f'{path}: {problem}' for problem in error.problems]) from None
+            raise UserError(error.problems, where=path) from None
 
 
 class NetworkFile(TensorFile):
@@ -169,13 +168,13 @@ def fitting_network(file: NetworkFile | PublishedNetworkFile, precision: str = '
         net = Denoiser(file.info.config, precision=precision)
     shapes = {name: tuple(t.shape) for name, t in net.state_dict().items()}
     names = set(file.names)
-    found = [f'{file.path}: tensor {name!r} is missing' for name in sorted(shapes.keys() - names)]
-    found += [f'{file.path}: tensor {name!r} is unknown' for name in sorted(names - shapes.keys())]
+    found = [f'tensor {quoted(name)} is missing' for name in sorted(shapes.keys() - names)]
+    found += [f'tensor {quoted(name)} is unknown' for name in sorted(names - shapes.keys())]
     for name in sorted(shapes.keys() & names):
         if (shape := tuple(file.shape(name))) != shapes[name]:
-            found.append(f'{file.path}: tensor {name!r} has shape {shape}, expected {shapes[name]}')
+            found.append(f'tensor {quoted(name)} has shape {quoted(shape)}, expected {shapes[name]}')
     if found:
-        raise UserError(found if len(found) <= MOST_LISTED else [*found[:MOST_LISTED], f'and {len(found)} in all'])
+        raise UserError(found, where=file.path)
     return net
 
 

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from dnnlib.errors import UserError, choose, printable, unknown_choice
+from dnnlib.errors import UserError, choose, printable, quoted, unknown_choice
 from dnnlib.files import open_regular, read_regular
 from dnnlib.images import image_grid
 from dnnlib.jsonl import append_record, cut_records, mend_records, read_records
@@ -110,6 +110,36 @@ def test_a_record_without_its_place_is_not_kept_by_a_resumed_run(tmp_path):
     cut_records(path, 2)
     assert read_records(path) == [{'nimg': 1}, {'nimg': 2}]
     assert read_records(tmp_path / 'none') == []
+
+
+def test_quoted_values_fit_a_terminal():
+    assert quoted('a b') == "'a b'" and quoted((1, 2.5)) == '(1, 2.5)'
+    nested = ['x' * 1000]
+    for _ in range(100):
+        nested = [nested] * 10
+    recursive = []
+    recursive.append(recursive)
+    for value in (
+        'a\n\x1b[31m\u202e',
+        'x' * 10**6,
+        '\n' * 10**6,
+        b'\x00' * 10**6,
+        nested,
+        recursive,
+        10**4000,
+        np.eye(2),
+    ):
+        assert len(quoted(value)) <= 100 and quoted(value).isprintable()
+        assert len(quoted(value, limit=20)) <= 20
+    assert len(unknown_choice('preset', 'x' * 10**6, ['a'])) < 150
+
+
+def test_the_first_ten_of_many_problems_are_shown():
+    problems = [f'problem {i}' for i in range(63)]
+    error = UserError(problems, where='x.pkl')
+    assert error.problems == problems
+    assert str(error) == f'x.pkl: {"; ".join(problems[:10])}; and 53 more'
+    assert str(UserError(problems[:10])) == '; '.join(problems[:10])
 
 
 def test_image_grid():

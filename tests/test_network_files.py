@@ -67,7 +67,7 @@ def bad_files(path):
     yield 'empty', lambda: path.write_bytes(b''), 'is not a network file'
     yield 'cut', lambda: path.write_bytes(data[: len(data) // 2]), 'is not a network file'
     yield 'foreign', lambda: safetensors.torch.save_file({'a': torch.ones(1)}, path), 'header does not say'
-    yield 'state', lambda: save_tensors(path, {'a': torch.ones(1)}, {'kind': 'training state'}), 'but a training state'
+    yield 'state', lambda: save_tensors(path, {'a': torch.ones(1)}, {'kind': 'training state'}), "but 'training state'"
 
 
 @pytest.mark.parametrize('case', range(5))

@@ -15,14 +15,10 @@ import numpy as np
 import pytest
 
 from dnnlib.errors import UserError
-from torch_utils import pickle_machine
-from torch_utils.pickles import Buildable, PickleRefusedError, plain_dict, read_pickle
+from torch_utils.pickles import MOST_READS, Call, Name, PickleReader, read_pickle, to_array
+from torch_utils.tensor_files import UnreadableFileError
 
-PROTOCOLS = range(6)
-
-
-class EasyDict(dict):
-    """Stands for a subclass of dict that a file names."""
+PROTOCOLS = range(3, 6)
 
 
 # Honest files
@@ -31,8 +27,7 @@ VALUES = [
     *(None, True, False, 0, 255, 256, 65536, -1, 2**31, 2**40, -(2**70), 1.5, float('inf'), -0.0),
     *('', 'a', 'line\nbreak\\', 'é€😀\ud800', 'x' * 5000, b'', b'\x00\xff\n' * 3000, bytearray(b'ab')),
     *([], [1, [2, []]], (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, (4,)), list(range(3000))),
-    *({}, {'a': 1, 2: {b'c': None}}, {1, 2}, frozenset('ab'), collections.OrderedDict(b=1, a=2)),
-    *(np.float64(2.5), np.int32(7), np.bool_(True), np.complex64(1j)),
+    *({}, {'a': 1, 2: {b'c': None}}, collections.OrderedDict(b=1, a=2)),
 ]
 ARRAYS = [
     np.arange(12.0).reshape(3, 4),
@@ -42,23 +37,28 @@ ARRAYS = [
     np.array(3, np.uint8),
     np.array([True, False]),
     np.linspace(-1, 1, 2000, dtype=np.float16),
+    *(np.float64(2.5), np.int32(7), np.bool_(True), np.complex64(1j)),
 ]
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_values_come_back(protocol):
     for value in VALUES:
-        read = read_pickle(pickle.dumps(value, protocol))
-        assert read == value and isinstance(
-            read, (bytes,) if isinstance(value, bytearray) else type(value).__mro__[:-1]
-        )
+        if protocol == 5 or not isinstance(value, bytearray):
+            read = read_pickle(pickle.dumps(value, protocol))
+            assert read == value and isinstance(read, bytes | memoryview | type(value).__mro__[-2])
     assert list(read_pickle(pickle.dumps(collections.OrderedDict(b=1, a=2), protocol))) == ['b', 'a']
+
+
+def test_sets_come_as_lists():
+    assert read_pickle(pickle.dumps([{1}, frozenset('a')], 4)) == [[1], ['a']]
+    assert read_pickle(pickle.dumps({1}, 3)).args == ([1],)
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_arrays_come_back_with_memory_of_their_own(protocol):
     for array in ARRAYS:
-        read = read_pickle(pickle.dumps(array, protocol))
+        read = to_array(read_pickle(pickle.dumps(array, protocol)))
         assert type(read) is np.ndarray and read.dtype == array.dtype.newbyteorder('=')
         np.testing.assert_array_equal(read, array)
         assert read.flags.owndata and read.flags.writeable
@@ -71,7 +71,7 @@ def test_shared_and_recursive_values_stay_so(protocol):
     loop = [array, {'again': array}]
     loop.append(loop)
     read = read_pickle(pickle.dumps(loop, protocol))
-    assert read[0] is read[1]['again'] and isinstance(read[0], np.ndarray) and read[2] is read
+    assert read[0] is read[1]['again'] and type(read[0]) is Call and read[2] is read
 
 
 def python2_batch() -> bytes:
@@ -95,7 +95,8 @@ def test_python_2_text_is_bytes(tmp_path):
     path.write_bytes(python2_batch())
     batch = read_pickle(path)
     assert batch[b'labels'] == [6, 9] and batch[b'filenames'] == [b'\xe9.png']
-    assert batch[b'data'].tolist() == [[0, 1, 2], [253, 254, 255]] and batch[b'data'].dtype == np.uint8
+    pixels = to_array(batch[b'data'])
+    assert pixels.tolist() == [[0, 1, 2], [253, 254, 255]] and pixels.dtype == np.uint8
 
 
 def test_numpy_of_old_and_new_names():
@@ -105,33 +106,24 @@ def test_numpy_of_old_and_new_names():
     for name in (new, old):
         content = data.replace(new, name).replace(old, name)
         size = struct.pack('<Q', len(content) - 11)
-        assert read_pickle(content[:3] + size + content[11:])['mu'].tolist() == [0, 1]
+        assert to_array(read_pickle(content[:3] + size + content[11:])['mu']).tolist() == [0, 1]
 
 
 def test_names_of_ones_own():
-    class Settings(Buildable):
-        def __init__(self, *args, **options):
-            self.made, self.state = (args, options), None
-
-        def build(self, state):
-            self.state = state
-            return self
-
-    data = pickle.dumps([EasyDict(a=1, b=EasyDict(c=2))], 4)
-    with pytest.raises(PickleRefusedError, match=r'asks for tests.test_pickles.EasyDict, which is not among'):
+    data = b'\x80\x04\x8c\x03lib\x8c\x08Settings\x93K\x01\x85R\x94}\x8c\x01kK\x03sb.'
+    with pytest.raises(UnreadableFileError, match=r"asks for 'lib.Settings', which is not among"):
         read_pickle(data)
-    assert read_pickle(data, {'tests.test_pickles.EasyDict': plain_dict}) == [{'a': 1, 'b': {'c': 2}}]
-    data = b'\x80\x04\x8c\x03lib\x8c\x08Settings\x93K\x01\x85}\x8c\x01zK\x02s\x92\x94}\x8c\x01kK\x03sb0h\x00.'
-    read = read_pickle(data, {'lib.Settings': Settings})
-    assert read.made == ((1,), {'z': 2}) and read.state == {'k': 3}
+    read = read_pickle(data, {'lib.Settings'})
+    assert (read.name, read.args, read.state) == ('lib.Settings', (1,), {'k': 3})
 
 
 def test_large_bytes_as_views(tmp_path):
     path = tmp_path / 'file'
     path.write_bytes(pickle.dumps([b'a' * 4096, b'b' * 4095], 4))
-    view, copy = read_pickle(path, views=True)
-    assert isinstance(view, memoryview) and view.readonly and view == b'a' * 4096 and type(copy) is bytes
-    assert [type(part) for part in read_pickle(path)] == [bytes, bytes]
+    view, copy = read_pickle(path)
+    assert isinstance(view, memoryview) and view == b'a' * 4096 and type(copy) is bytes
+    view[0] = 0  # of this process alone
+    assert path.read_bytes().count(b'a') == 4096
 
 
 # Hostile files
@@ -145,6 +137,12 @@ NAMES = [
     *(('webbrowser', 'open'), ('shutil', 'rmtree'), ('types', 'CodeType'), ('types', 'FunctionType')),
     *(('copyreg', '_reconstructor'), ('copyreg', 'add_extension'), ('socket', 'create_connection')),
     *(('torch_utils.persistence', '_reconstruct_persistent_obj'), ('torch_utils.pickles', 'read_pickle')),
+    *(
+        ('collections', 'Counter'),
+        ('builtins', 'bytearray'),
+        ('torch', 'Tensor'),
+        ('torch._utils', '_rebuild_tensor_v2'),
+    ),
     *(('torch', 'storage._load_from_bytes'), ('torch.storage', 'io.open'), ('numpy', 'ndarray.__class__')),
     *(('collections', 'OrderedDict.__init__'), ('numpy.core.multiarray', '_reconstruct.__globals__')),
     *(
@@ -190,6 +188,7 @@ ORDERED = b'\x8c\x0bcollections\x8c\x0bOrderedDict\x93'
 ENCODE = b'\x8c\x07_codecs\x8c\x06encode\x93'
 SCALAR = b'\x8c\x15numpy.core.multiarray\x8c\x06scalar\x93'
 SET = b'\x8c\x08builtins\x8c\x03set\x93'
+FROMBUFFER = b'\x8c\x12numpy.core.numeric\x8c\x0b_frombuffer\x93'
 OPTIONS = b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00t'
 
 
@@ -230,7 +229,7 @@ ABUSE = {
     'negative shape': array_of(b'J\xff\xff\xff\xffJ\xfe\xff\xff\xff\x86'),
     'shape of floats': array_of(b'G@\x00\x00\x00\x00\x00\x00\x00\x85'),
     'shape of truth': array_of(b'K\x02\x88\x86'),
-    'many dimensions': array_of(b'(K\x02' + b'K\x01' * 40 + b't'),
+    'many dimensions': array_of(b'(K\x02' + b'K\x01' * 80 + b't'),
     'data of text': array_of(b'K\x02\x85', b'\x8c\x02ab'),
     'dtype that is none': array_of(b'K\x02\x85', dtype=b'\x8c\x02u1'),
     'scalar too short': SCALAR + DTYPE + b'\x8c\x02f8\x85RC\x01a\x86R.',
@@ -269,6 +268,24 @@ ABUSE = {
     'text that is no UTF-8': b'\x8c\x02\xff\xfe.',
     'text of Python 2': b"S'a'\n.",
     'truncated escape': b'V\\u12\n.',
+    'array without content': ARRAY + b'.',
+    'array in itself': ARRAY + b'q\x00(K\x01K\x02\x85' + U1 + b'\x89h\x00tb.',
+    'dtype in itself': DTYPE + b'\x8c\x02u1\x85Rq\x00(K\x03h\x00' + OPTIONS + b'b.',
+    'array of a doubled shape': b')' + b'q\x00h\x00\x86' * 100 + b'q\x01' + array_of(b'h\x01'),
+    'array of a doubled order': b')'
+    + b'q\x00h\x00\x86' * 100
+    + b'q\x01'
+    + U1.join((FROMBUFFER + b'(C\x01a', b'K\x01\x85h\x01tR.')),
+    'array of an extended dtype': array_of(b'K\x02\x85', dtype=DTYPE + b'\x8c\x08datetime\x85R'),
+    'name as a key': b'}' + SET + b'K\x01s.',
+    'call as a key': b'}' + SET + b')RK\x01s.',
+    'state of a name': SET + b'}\x8c\x04nameK\x01sb.',
+    'attributes of a name': SET + b'N}\x8c\x04nameK\x01s\x86b.',
+    'items of a call': SET + b')RK\x00K\x01s.',
+    'items of bytes': b'C\x01aK\x00K\x01s.',
+    'append to a call': SET + b')RK\x01a.',
+    'call of a call': SET + b')R)R.',
+    'arguments that are a list': SET + b']K\x01aR.',
 }
 SIZES = {
     'BINBYTES8': b'\x8e' + struct.pack('<Q', 2**60) + b'a.',
@@ -282,10 +299,11 @@ SIZES = {
     'LONG4 negative': b'\x8b' + struct.pack('<i', -1) + b'a.',
     'LONG4 within the file': b'\x8b' + struct.pack('<I', 10**6) + b'\xff' * 10**6 + b'.',
     'FRAME': b'\x80\x04\x95' + struct.pack('<Q', 2**62) + b'N.',
+    'memo': b'Nr\xff\xff\xff\xff.',
     'shape': array_of(b'J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86'),
 }
-# Each of these takes many bytes of memory for a byte of file; the machine may give 1 MiB + 4 bytes for each.
-COUNT = 400_000
+# Each of these takes many bytes of memory for a byte of file.
+COUNT = 30_000
 BOMBS = {
     'sets': b'(' + b'\x8f' * COUNT + b't.',
     'dicts': b'(' + b'}' * COUNT + b't.',
@@ -296,7 +314,7 @@ BOMBS = {
     'memo': b'N' + b'\x94' * COUNT + b'.',
     'memo by number': b'N' + b''.join(b'r' + struct.pack('<I', i * 5) for i in range(COUNT // 5)) + b'.',
     'integers': b'(' + b'J\x00\x00\x00\x70' * (COUNT // 2) + b't.',
-    'keys': b'}(' + b''.join(b'M' + struct.pack('<H', i) + b'N' for i in range(65536)) * 4 + b'u.',
+    'keys': b'}(' + b''.join(b'M' + struct.pack('<H', i) + b'N' for i in range(65536)) + b'u.',
     'one wide character': b'X' + struct.pack('<I', 10**6) + '😀'.encode() + b'a' * (10**6 - 4) + b'.',
     'the same text encoded': b'('
     + ENCODE
@@ -359,14 +377,14 @@ sys.addaudithook(_audit)
 def refuse():
     """Read a hostile file; it must be refused in one line, at once, without any contact with the world."""
 
-    def check(data: bytes, may_be_read: bool = False, **options) -> str:
+    def check(data: bytes, may_be_read: bool = False, read=read_pickle) -> str:
         global guarding
         touched.clear()
         signal.setitimer(signal.ITIMER_REAL, 30)  # the default action ends the test run: a hang is a failure
         guarding = True
         try:
-            read_pickle(data, **options)
-        except PickleRefusedError as error:
+            read(data)
+        except UserError as error:
             message = str(error)
         else:
             message = ''
@@ -378,19 +396,24 @@ def refuse():
         assert '\n' not in message and len(message) < 600
         return message
 
-    read_pickle(pickle.dumps(ARRAYS))  # what NumPy imports on first use
+    for array in ARRAYS:
+        to_array(read_pickle(pickle.dumps(array)))  # what NumPy imports on first use
     return check
+
+
+def array_from(data: bytes) -> np.ndarray:
+    return to_array(read_pickle(data))
 
 
 @pytest.mark.parametrize(('module', 'name'), NAMES)
 def test_no_other_name_resolves(refuse, module, name):
     for form, data in forms(module, name).items():
         message = refuse(data)
-        assert 'byte ' in message and 'nothing of it was run' in message, form
-        shown = f'{module}.{name}'
-        assert (shown if shown.isprintable() else ascii(shown)) in message
-        position = int(message.split('byte ')[1].split(':')[0])
-        assert data[position : position + 1] in (b'c', b'i', b'\x93'), form
+        if form not in ('INST', 'OBJ'):  # of these, not even the name is read
+            shown = repr(f'{module}.{name}')
+            assert f'asks for {shown}, which is not among' in message, form
+            position = int(message.split('byte ')[1].split(':')[0])
+            assert data[:position].endswith((f'c{module}\n{name}\n'.encode(), b'\x93')), form
 
 
 class Reduced:
@@ -403,7 +426,7 @@ class Reduced:
         return self.parts
 
 
-@pytest.mark.parametrize('protocol', PROTOCOLS)
+@pytest.mark.parametrize('protocol', range(6))
 @pytest.mark.parametrize('function', [eval, exec, getattr, open, print, io.open, sys.exit, pickle.loads, type])
 def test_what_pickle_itself_writes(refuse, protocol, function):
     made = [
@@ -413,47 +436,77 @@ def test_what_pickle_itself_writes(refuse, protocol, function):
         Reduced(np.dtype, ('f8',), (3, '<', None, None, None, -1, -1, 0, {'metadata': Reduced(function, ())})),
     ]
     for value in made:
-        assert 'not among the names' in refuse(pickle.dumps(value, protocol))
+        assert 'not among the names' in refuse(pickle.dumps(value, protocol)) or protocol < 2
 
 
 @pytest.mark.parametrize('case', ABUSE)
 def test_allowed_names_take_only_what_is_right(refuse, case):
-    refuse(ABUSE[case])
+    """What reads them refuses it, or what makes arrays of them."""
+    refuse(ABUSE[case], read=array_from)
 
 
 @pytest.mark.parametrize('case', SIZES)
 def test_sizes_are_not_believed(refuse, case):
     tracemalloc.start()
     try:
-        refuse(SIZES[case])
+        refuse(SIZES[case], read=array_from)
         assert tracemalloc.get_traced_memory()[1] < 100_000
     finally:
         tracemalloc.stop()
 
 
 @pytest.mark.parametrize('case', BOMBS)
-def test_memory_is_bounded_by_the_size_of_the_file(refuse, case, monkeypatch):
-    monkeypatch.setattr(pickle_machine, 'FREE_BYTES', 2**20)
-    data = BOMBS[case]
+def test_memory_is_bounded_by_the_number_of_values(refuse, case):
+    """A text may become four times as wide; all else is some 100 bytes, at most 240, for each time that is read."""
+    data, reads = BOMBS[case], []
+
+    def read(data):
+        reader = PickleReader(memoryview(data), 'x', ())
+        try:
+            reader.load()
+        finally:
+            reads.append(MOST_READS - reader.left)
+
     tracemalloc.start()
     try:
-        assert 'more memory' in refuse(data)
-        assert tracemalloc.get_traced_memory()[1] < 1.2 * (2**20 + 4 * len(data))
+        refuse(data, may_be_read=True, read=read)
+        assert tracemalloc.get_traced_memory()[1] < 240 * reads[0] + 5 * len(data) + 100_000
     finally:
         tracemalloc.stop()
 
 
+def test_the_number_of_values_is_bounded(refuse):
+    def read(data):
+        return PickleReader(memoryview(data), 'x', (), most_reads=1000).load()
+
+    assert len(read(b'(' + b'N' * 997 + b't.')) == 997
+    assert 'more values' in refuse(b'(' + b'N' * 998 + b't.', read=read)
+
+
+def test_nothing_that_is_read_can_act(refuse):
+    """Whatever opcodes and allowed names make, it is of these types, none of which does anything."""
+    kinds = {type(None), bool, int, float, str, bytes, memoryview, tuple, list, dict, Call, Name}
+    for data in [*ABUSE.values(), *SHARING.values(), *BOMBS.values(), *(pickle.dumps(a) for a in (*VALUES, *ARRAYS))]:
+        try:
+            left = [read_pickle(data)]
+        except UserError:
+            continue
+        seen = set()
+        while left:
+            value = left.pop()
+            if id(value) not in seen:
+                seen.add(id(value))
+                assert type(value) in kinds
+                left += value.values() if type(value) is dict else value if type(value) in (tuple, list) else ()
+                left += (value.name, value.args, value.state) if type(value) is Call else ()
+
+
 # Files of a few hundred KB whose values are looked at again and again: time must not grow with the square of the size.
 QUADRATIC = {
-    'a call with many arguments': b'('
-    + b'N' * 100_000
-    + b'tq\x01'
-    + b'clib\nkeep\nq\x000'
-    + b'h\x00h\x01R0' * 20_000
-    + b'N.',
+    'a call with many arguments': b'(' + b'N' * 100_000 + b'tq\x01' + SET + b'q\x00(' + b'h\x00h\x01R' * 20_000 + b't.',
     'memo places that collide': b'N' + b''.join(b'p%d\n' % (i * (2**61 - 1)) for i in range(20_000)) + b'.',
     'equal keys of great length': b''.join(
-        b'X' + struct.pack('<I', 400_000) + b'a' * 400_000 + bytes([ord('q'), i]) + b'0' for i in range(2)
+        b'X' + struct.pack('<I', 4_000_000) + b'a' * 4_000_000 + bytes([ord('q'), i]) for i in range(2)
     )
     + b'}'
     + b'h\x00Nsh\x01Ns' * 20_000
@@ -462,23 +515,28 @@ QUADRATIC = {
 
 
 @pytest.mark.parametrize('case', QUADRATIC)
-def test_time_is_bounded_by_the_size_of_the_file(refuse, case, monkeypatch):
-    monkeypatch.setattr(pickle_machine, 'FREE_BYTES', 2**20)
+def test_time_is_bounded_by_the_size_of_the_file(refuse, case):
     start = time.process_time()
-    refuse(QUADRATIC[case], names={'lib.keep': lambda *args: None})
+    refuse(QUADRATIC[case], may_be_read=True)
     assert time.process_time() - start < 1
 
 
 def test_messages_are_one_line_of_text(refuse):
-    """What a file writes into an error, here as the name of an option, reaches no terminal as it is."""
-    message = refuse(ORDERED + b')}\x8c\x08a\n\x1b[31mbK\x01s\x92.')
-    assert message.isprintable() and r'a\n\x1b[31mb' in message
+    """What a file writes into an error, here as a name, reaches no terminal as it is."""
+    message = refuse(b'\x8c\x01x\x8c\x08a\n\x1b[31mb\x93.')
+    assert message.isprintable() and r'x.a\n\x1b[31mb' in message
+    assert len(refuse(b'\x8c\x01xX' + struct.pack('<I', 10**6) + b'a' * 10**6 + b'\x93.')) < 250
 
 
 @pytest.mark.parametrize('case', SHARING)
 def test_shared_and_deep_values_take_no_time(refuse, case):
     message = refuse(SHARING[case], may_be_read=True)
-    assert ('as a key' in message) == ('key' in case or 'set' in case)
+    assert ('as a key' in message) == ('key' in case)
+
+
+def array_in(data: bytes) -> np.ndarray:
+    content = read_pickle(data)
+    return to_array(content.get('mu') if type(content) is dict else content)
 
 
 def honest_file(protocol: int) -> bytes:
@@ -499,30 +557,22 @@ def test_flipped_bits(refuse, protocol):
     for place, bit in rng.sample(flips, 600):
         broken = bytearray(data)
         broken[place] ^= 1 << bit
-        refuse(bytes(broken), may_be_read=True)
+        refuse(bytes(broken), may_be_read=True, read=array_in)
 
 
 @pytest.mark.parametrize('seed', range(4))
 def test_random_opcodes(refuse, seed):
     rng = random.Random(seed)
-    pieces = [bytes([code]) for code in pickle_machine.HANDLERS] + [
-        ARRAY,
-        U1,
-        ORDERED,
-        ENCODE,
-        SET,
-        b'K\x01',
-        b'h\x00',
-        b'q\x00',
-    ]
+    pieces = [bytes([code]) for code in PickleReader.dispatch]
+    pieces += [ARRAY, U1, ORDERED, ENCODE, SET, b'K\x01', b'h\x00', b'q\x00']
     for _ in range(1500):
-        refuse(b''.join(rng.choices(pieces, k=12)) + b'.', may_be_read=True)
+        refuse(b''.join(rng.choices(pieces, k=12)) + b'.', may_be_read=True, read=array_from)
 
 
 def test_errors_are_the_users(tmp_path):
     path = tmp_path / 'evil.pkl'
     path.write_bytes(forms('os', 'system')['STACK_GLOBAL REDUCE'])
-    with pytest.raises(UserError, match=r'evil\.pkl cannot be read: byte 14: it asks for os\.system'):
+    with pytest.raises(UserError, match=r"evil\.pkl cannot be read: byte 15: it asks for 'os\.system'"):
         read_pickle(path)
     path.write_bytes(b'')
     with pytest.raises(UserError, match='cut short'):

@@ -154,12 +154,28 @@ class Evil:
         return (print, ('run!',))
 
 
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its text."""
+
+    def save_text(self, value):
+        self.write(pickle.BINSTRING + struct.pack('<i', len(value)) + value)
+        self.memoize(value)
+
+    dispatch = pickle._Pickler.dispatch | {bytes: save_text}
+
+
+def python2_pickle(content) -> bytes:
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(content)
+    return file.getvalue()
+
+
 def cifar10(path, batches, meta=None, prefix='cifar-10-batches-py/'):
     """Write pickles as Python 2 did; bytes by name in `batches` go in as they are."""
     meta = {b'label_names': [b'cat', b'dog', b'ship']} if meta is None else meta
     with tarfile.open(path, 'w:gz') as archive:
         for name, content in {**batches, 'batches.meta': meta, 'test_batch': Evil(), 'readme.html': b'x'}.items():
-            data = content if isinstance(content, bytes) else pickle.dumps(content, protocol=2)
+            data = content if isinstance(content, bytes) else python2_pickle(content)
             about = tarfile.TarInfo(prefix + name)
             about.size = len(data)
             archive.addfile(about, io.BytesIO(data))

@@ -1,203 +1,192 @@
-"""Pickles of others, read without running what is in them: containers, NumPy arrays, and what a caller adds.
+"""Pickles of others, read without running anything in them.
 
-    read_pickle('data_batch_1')[b'data']                          # CIFAR-10: a dict of lists and arrays
-    read_pickle('edm2.pkl', {'dnnlib.util.EasyDict': plain_dict})  # names of one's own
+    read_pickle('data_batch_1')[b'labels']           # plain values are what they were
+    to_array(read_pickle('data_batch_1')[b'data'])   # a call that the file asks for is a `Call`: noted, not made
 
-Not a single name in a file is imported. See `torch_utils.pickle_machine` for what that means.
+The unpickler is the standard library's in its Python form, which lets a subclass choose the opcodes: C's hashes any key
+(which may take forever), and makes room for as many values as a file claims.
 """
 
 import mmap
 import os
+import pickle
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+import types
+from collections.abc import Collection
+from typing import Any, NoReturn
 
 import numpy as np
 
-from torch_utils.pickle_machine import Buildable, Global, Machine, PickleRefusedError, check_key
+from dnnlib.errors import UserError, quoted
+from torch_utils.tensor_files import UnreadableFileError
 
+DICTS = {'builtins.dict', 'collections.OrderedDict', 'dnnlib.util.EasyDict'}  # read as dict
+ARRAYS = ('multiarray._reconstruct', 'multiarray.scalar', 'numeric._frombuffer')
+CALLS = {
+    'builtins.set',
+    'numpy.dtype',
+    'numpy.ndarray',
+    *(f'numpy.{c}.{name}' for c in ('core', '_core') for name in ARRAYS),
+}
 DTYPE = re.compile(r'[<>|=]?(?:[biu][1248]|f[248]|c(?:8|16)|\?)')  # numbers only: no objects, no records, no dates
-MOST_DIMS = 32
+MOST_READS = 2**21  # bounds time and memory; a published network takes some 50,000, a batch of CIFAR-10 70,000
+LONGEST_NAME = 1000  # characters of a name or key: equal keys are compared to their ends
+LARGEST_KEY = 2**61 - 1  # integers below this hash to themselves, so that no file can make all keys collide
+LARGE = 4096  # bytes objects from here on are views of the file
+OPCODES = (  # those that put values together; none that calls, sets or hashes what a file says
+    'PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE '
+    'BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 '
+    'EMPTY_LIST APPEND APPENDS EMPTY_DICT BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL'
+)
 
 
-def read_pickle(
-    source: str | os.PathLike | bytes | memoryview,
-    names: Mapping[str, Callable[..., Any]] | None = None,
-    where: str | None = None,
-    views: bool = False,
-) -> Any:
-    """Read a pickle of any protocol, trusting nothing in it.
+class Name(str):
+    """A name that a pickle asks for: nothing of it is imported."""
 
-    What it may hold: None, bool, int, float, str, bytes, list, tuple, dict, set, OrderedDict (read as dict), NumPy
-    arrays and scalars of numbers, and values that the functions in `names` make. Text written by Python 2 comes as
-    bytes, bytearrays come as bytes, arrays come with memory of their own in the machine's byte order. Keys of dicts
-    are text or bytes (1024 at most), None or integers.
+    __slots__ = ()
 
-    Values may contain themselves, or share parts so often that they are astronomically large when written out: check
-    the types of a value's parts before you print, compare or walk it.
+
+class Call:
+    """What a pickle asks to be called, with what, and the state that the result would get."""
+
+    __slots__ = ('args', 'name', 'state')
+
+    def __init__(self, name: Name, args: tuple):
+        self.name, self.args, self.state = name, args, None
+
+
+def read_pickle(source: str | os.PathLike | bytes, names: Collection[str] = (), where: str | None = None) -> Any:
+    """Read a pickle of protocol 3 to 5, or 2 as Python 2 writes it, trusting nothing in it.
+
+    It becomes None, bool, int, float, str, bytes (large ones as views of the mapped file), tuple, list (also for sets),
+    dict and `Call`. Values may contain themselves or share parts: check types before you print, compare or walk them.
 
     Args:
         source: A file, or bytes.
-        names: `module.name` -> function that stands for it, besides `CONTAINERS` and `ARRAYS`. It is called with
-            arguments from the file, so it must expect anything, and raises ValueError or TypeError for what it does
-            not take. A `Buildable` that it returns gets the state that follows in the file.
+        names: What it may ask for, as `module.name`, besides `DICTS` and `CALLS`.
         where: How messages call the source; by default the file's name.
-        views: Whether bytes objects of 4 KiB or more come as read-only views of the (mapped) file, not as copies.
-
-    Raises:
-        PickleRefusedError: a UserError, for a name that is not allowed (with its byte position), a damaged file, or
-            one that asks for memory beyond 64 MiB + 4 times its size.
-        OSError: where the file cannot be read.
     """
-    if isinstance(source, str | os.PathLike):
-        where = where or os.fspath(source)
-        data = map_file(source)
-    else:
-        where = where or 'the pickle'
-        data = memoryview(source)
-    return Machine(data, where, {**CONTAINERS, **ARRAYS, **(names or {})}, views=views).run()
-
-
-def map_file(path: str | os.PathLike) -> memoryview:
-    """The bytes of a file, read from disk as they are asked for.
-
-    Raises:
-        OSError: naming the file, where it cannot be read.
-    """
-    with open(path, 'rb') as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return memoryview(b'')
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    if isinstance(source, bytes):
+        return PickleReader(memoryview(source), where or 'the pickle', names).load()
+    with open(source, 'rb') as file:  # copy on write, since PyTorch wants tensors to be writable
+        empty = os.fstat(file.fileno()).st_size == 0
+        data = b'' if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return PickleReader(memoryview(data), where or os.fspath(source), names).load()
 
 
 def looks_like_pickle(head: bytes) -> bool:
-    """Whether a file that begins with these bytes (8 or more) is a pickle of protocol 2 or later."""
+    """Whether a file that begins with these bytes is a pickle of protocol 2 or later."""
     return head[:1] == b'\x80' and head[1:2] in (b'\x02', b'\x03', b'\x04', b'\x05')
 
 
-# Containers
+class PickleReader(pickle._Unpickler):
+    """Reads pickles that follow one another in `data`, as `read_pickle` describes; at most so many pieces of them.
+
+    Attributes:
+        at: Position after what has been read.
+    """
+
+    def __init__(self, data: memoryview, where: str, names: Collection[str], most_reads: int = MOST_READS):
+        super().__init__(types.SimpleNamespace(read=self._take, readline=self._line), encoding='bytes')
+        self.data, self.where, self.names, self.left, self.at = data, where, names, most_reads, 0
+
+    def load(self) -> Any:
+        """The next pickle."""
+        try:
+            return super().load()
+        except UnreadableFileError:
+            raise
+        except Exception as error:  # whatever comes of bytes that are no pickle
+            problem = f'opcode {error}' if isinstance(error, KeyError) else type(error).__name__
+            self._refuse(f'it is damaged, or of another protocol than 2 to 5 ({problem})')
+
+    def find_class(self, module: str, name: str) -> Name:
+        """A name of the file, if it is among those it may use; called by the base class."""
+        full = f'{module}.{name}'
+        if '.' in name or not (full in self.names or full in CALLS or full in DICTS):
+            self._refuse(f'it asks for {quoted(full)}, which is not among the names a file may use')
+        return Name(full)
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise UnreadableFileError(f'{self.where} cannot be read: byte {self.at}: {problem}') from None
+
+    def _take(self, count: int) -> bytes | memoryview:
+        part = self.data[self.at : self.at + count]
+        self.left -= 1
+        if len(part) < count:
+            self._refuse('the file is cut short or damaged: it ends within a value')
+        if self.left < 0:
+            self._refuse('it has more values than any file that is known')
+        self.at += count
+        return part if count >= LARGE else bytes(part)
+
+    def _line(self) -> bytes:
+        line = bytes(self.data[self.at : self.at + LONGEST_NAME]).partition(b'\n')[0]
+        return self._take(len(line) + 1)
+
+    def _call(self) -> None:
+        args, name = self.stack.pop(), self.stack.pop()
+        if type(name) is not Name or type(args) is not tuple or (name in DICTS and args):
+            self._refuse('it calls what is no function, or with what are no arguments')
+        self.append({} if name in DICTS else Call(name, args))
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        self.stack[-1].state = state  # nothing but a `Call` has one
+
+    def _put(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is not dict:
+            self._refuse('it puts keys into what is no dictionary')
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Tuples may take forever to be hashed, long text to be compared, and numbers may be chosen to collide.
+            text = type(key) in (str, bytes) and len(key) <= LONGEST_NAME
+            if not (text or key is None or (type(key) in (bool, int) and abs(key) < LARGEST_KEY)):
+                self._refuse(f'it has {quoted(key)} as a key of a dictionary')
+            self.stack[-1][key] = value
+
+    dispatch = {  # noqa: RUF012, as in the base class
+        **{code: pickle._Unpickler.dispatch[code] for name in OPCODES.split() for code in getattr(pickle, name)},
+        pickle.FRAME[0]: lambda self: self.read(8),
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
+        pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,
+        pickle.FROZENSET[0]: pickle._Unpickler.load_list,
+        pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,
+        pickle.SETITEM[0]: lambda self: self._put([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS[0]: lambda self: self._put(self.pop_mark()),
+        pickle.REDUCE[0]: _call,
+        pickle.NEWOBJ[0]: _call,
+        pickle.BUILD[0]: _build,
+        pickle.BINPERSID[0]: lambda self: None,  # what stands for a value outside the pickle stays as it is
+    }
 
 
-def plain_dict(pairs: Any = ()) -> dict:
-    """A dict, for OrderedDict and other subclasses of dict; items that come one by one follow later."""
-    if type(pairs) is dict:
-        return dict(pairs)
-    if type(pairs) not in (list, tuple):
-        raise TypeError(f'made from a {type(pairs).__name__}')
-    result = {}
-    for pair in pairs:
-        if type(pair) not in (list, tuple) or len(pair) != 2:
-            raise TypeError('made from what are no pairs')
-        result[check_key(pair[0])] = pair[1]
-    return result
+def to_array(value: Any) -> np.ndarray:
+    """The array of numbers, or scalar (an array of no dimensions), that a `Call` stands for, with memory of its own.
+
+    Raises:
+        UserError: where it stands for something else.
+    """
+    try:
+        kind = value.name.rpartition('.')[2]
+        if kind == '_reconstruct' and value.args[0] == 'numpy.ndarray':
+            _, shape, dtype, fortran, data = value.state
+            order = 'F' if fortran else 'C'
+        elif kind == 'scalar':
+            (dtype, data), shape, order = value.args, (), 'C'
+        elif kind == '_frombuffer':
+            data, dtype, shape, order = value.args
+        else:
+            raise TypeError('a call')
+        array = np.frombuffer(data, _to_dtype(dtype)).reshape(shape, order=order)
+        return array.astype(array.dtype.newbyteorder('='))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f'no array of numbers ({type(error).__name__})') from None
 
 
-def _plain_set(values: Any = ()) -> set:
-    if type(values) not in (list, tuple):
-        raise TypeError(f'made from a {type(values).__name__}')
-    return set(map(check_key, values))
-
-
-def _encode(text: Any, encoding: Any) -> bytes:
-    """How Python 3 writes bytes in protocols 0 to 2."""
-    if type(text) is not str or encoding not in ('latin1', 'latin-1'):
-        raise TypeError('something other than text to latin1')
-    return text.encode('latin-1')
-
-
-def _plain_bytes(data: Any = b'', encoding: Any = 'latin-1') -> bytes:
-    return data if type(data) is bytes else _encode(data, encoding)
-
-
-CONTAINERS: dict[str, Callable[..., Any]] = {
-    'collections.OrderedDict': plain_dict,
-    '_codecs.encode': _encode,
-    **{f'{m}.{name}': _plain_bytes for m in ('builtins', '__builtin__') for name in ('bytes', 'bytearray')},
-    **{f'{module}.set': _plain_set for module in ('builtins', '__builtin__')},
-    **{
-        f'{module}.frozenset': lambda values=(): frozenset(_plain_set(values)) for module in ('builtins', '__builtin__')
-    },
-}
-
-
-# Arrays
-
-
-class _Dtype(Buildable):
-    """A dtype of numbers; the state that follows gives the byte order."""
-
-    def __init__(self, code: Any, *flags: Any):
-        code = code.decode('ascii') if type(code) is bytes else code
-        if type(code) is not str or not DTYPE.fullmatch(code):
-            raise TypeError('a dtype other than of numbers')
-        if len(flags) > 2 or any(type(flag) not in (bool, int) for flag in flags):
-            raise TypeError('unknown options')
-        self.dtype = np.dtype(code)
-
-    def build(self, state: Any) -> '_Dtype':
-        # (version, byte order, subdtype, names, fields, itemsize, alignment, flags)
-        if type(state) is not tuple or len(state) not in (8, 9) or any(part is not None for part in state[2:5]):
-            raise TypeError('a dtype other than of numbers')
-        order = state[1].decode('ascii') if type(state[1]) is bytes else state[1]
-        if type(order) is not str or order not in ('<', '>', '=', '|'):
-            raise TypeError('a dtype of unknown byte order')
-        self.dtype = self.dtype.newbyteorder(order)
-        return self
-
-
-class _Array(Buildable):
-    """An array without content yet."""
-
-    def __init__(self, kind: Any, shape: Any, code: Any):
-        if not isinstance(kind, Global) or kind.call is not _no_array:
-            raise TypeError('a subclass of ndarray')
-
-    def build(self, state: Any) -> np.ndarray:
-        if type(state) is not tuple or len(state) != 5 or type(state[3]) not in (bool, int):
-            raise TypeError('an array in an unknown form')
-        _, shape, dtype, fortran, data = state
-        return _make_array(data, dtype, shape, 'F' if fortran else 'C')
-
-
-def _no_array(*_: Any) -> None:
-    raise TypeError('an array made without its content')
-
-
-def _make_array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    """An array with memory of its own; its size is that of its data, whatever the shape claims."""
-    if not isinstance(dtype, _Dtype) or type(data) not in (bytes, memoryview) or order not in ('C', 'F'):
-        raise TypeError('an array in an unknown form')
-    if type(shape) is not tuple or len(shape) > MOST_DIMS or any(type(n) is not int or n < 0 for n in shape):
-        raise TypeError('an array of impossible shape')
-    size = dtype.dtype.itemsize
-    for n in shape:
-        size *= n
-    if size != len(data):
-        raise ValueError(f'an array that needs {size} bytes has {len(data)}')
-    array = np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
-    return array.astype(dtype.dtype.newbyteorder('='), order=order, copy=True)
-
-
-def _scalar(dtype: Any, data: Any) -> np.generic:
-    return _make_array(data, dtype, (), 'C')[()]
-
-
-ARRAYS: dict[str, Callable[..., Any]] = {
-    'numpy.dtype': _Dtype,
-    'numpy.ndarray': _no_array,
-    **{f'numpy.{core}.multiarray._reconstruct': _Array for core in ('core', '_core')},
-    **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
-    **{f'numpy.{core}.numeric._frombuffer': _make_array for core in ('core', '_core')},
-}
-
-__all__ = [
-    'ARRAYS',
-    'CONTAINERS',
-    'Buildable',
-    'Global',
-    'PickleRefusedError',
-    'looks_like_pickle',
-    'map_file',
-    'plain_dict',
-    'read_pickle',
-]
+def _to_dtype(value: Any) -> np.dtype:
+    """A dtype from (code, ...) and, if there is a state, (version, byte order, ...); text of Python 2 is bytes."""
+    code, order = value.args[0], '=' if value.state is None else value.state[1]
+    code, order = (text.decode() if type(text) is bytes else text for text in (code, order))
+    if value.name != 'numpy.dtype' or not DTYPE.fullmatch(code) or order not in ('<', '>', '=', '|'):
+        raise TypeError('a dtype')
+    return np.dtype(code).newbyteorder(order)

@@ -11,7 +11,7 @@ import numpy as np
 from dataset.sources.source import InMemory, Source
 from dataset.sources.unpacked import read_unpacked
 from dnnlib.errors import UserError
-from torch_utils.pickles import read_pickle
+from torch_utils.pickles import read_pickle, to_array
 
 CIFAR10 = 'cifar-10-batches-py'
 LONGEST_NAMES = 2**16  # bytes of all classes together
@@ -23,11 +23,10 @@ def open_cifar10(path: str) -> Source:
     batches = _cifar10_members(path)
     try:
         for batch, meta in batches:  # before NumPy sees them: lists within lists could keep it busy forever
-            _check_types([batch[b'data']], np.ndarray)
             _check_types(batch[b'labels'], int)
             _check_types(meta[b'label_names'], bytes)
             assert sum(map(len, meta[b'label_names'])) <= LONGEST_NAMES
-        images = np.concatenate([batch[b'data'].astype(np.uint8, casting='safe') for batch, _ in batches])
+        images = np.concatenate([to_array(batch[b'data']).astype(np.uint8, casting='safe') for batch, _ in batches])
         images = images.reshape(-1, 3, 32, 32)
         labels = np.concatenate([np.asarray(batch[b'labels'], np.int64) for batch, _ in batches])
         names = [name.decode() for name in meta[b'label_names']]

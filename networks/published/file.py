@@ -1,0 +1,88 @@
+"""Files of published networks, of any family."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib.errors import UserError, quoted
+from networks.published import edm2
+from networks.published.reader import find_tensors, read_published, to_object
+
+# By the class of its `ema`: what a file becomes, (network, content) -> (config, name of the encoder).
+FAMILIES = {'Precond': edm2.describe}
+Mi = 2**20
+
+
+class PublishedFile:
+    """An open file of a published network, with the interface of `networks.files.NetworkFile`.
+
+    Attributes:
+        path: As given.
+        config: The network's.
+        nimg, ema_std, preset: As the file's name says: it is the only place that does. 0, None and '' where it
+            does not. Names count thousands of images; the time is taken to be the whole number of Mi that fits.
+        dataset: Name of the data it was trained on, '' where the file does not say.
+        encoder: A name of `networks.encoders.ENCODERS`.
+        names: Names of the tensors, sorted.
+
+    Raises:
+        UserError: where it is no such file, or of a network that cannot be rebuilt exactly.
+        OSError: where it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        content = read_published(path)
+        try:
+            net = to_object(content.get('ema'))
+            if net is None:
+                raise UserError("it is no published network: there is no 'ema' in it")
+            if net.class_name not in FAMILIES:
+                known = ' or '.join(FAMILIES)
+                raise UserError(f'its network is of the class {quoted(net.class_name)}; only {known} can be read')
+            self.config, self.encoder = FAMILIES[net.class_name](net, content)
+            self._tensors = find_tensors(net)
+        except UserError as error:
+            raise UserError(error.problems, where=self.path) from None
+        self.dataset = dataset_name(content.get('dataset_kwargs'))
+        self.nimg, self.ema_std, self.preset = describe_name(self.path)
+        self.names = sorted(self._tensors)
+
+    def __enter__(self) -> 'PublishedFile':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._tensors
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor of that name, in the dtype it was stored in, in memory of its own."""
+        return self._tensors[name].clone()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self._tensors[name].shape)
+
+
+def dataset_name(arguments: Any) -> str:
+    """Name of the data set that a file was trained on: the end of its path without the extension."""
+    path = arguments.get('path') if type(arguments) is dict else None
+    name = Path(path.replace('\\', '/')).stem if type(path) is str else ''
+    return name if name.isprintable() and len(name) <= 100 else ''
+
+
+def describe_name(path: str | os.PathLike) -> tuple[int, float | None, str]:
+    """nimg, EMA length and preset as the names of EDM2's published files give them.
+
+    `edm2-img512-s-2147483-0.130.pkl`, or `edm2-img512-s/network-snapshot-2147483-0.050.pkl`.
+    """
+    path = Path(path)
+    match = re.fullmatch(r'(.+)-(\d{7,})-(0\.\d+)', path.stem)
+    if match is None:
+        return 0, None, ''
+    name, kimg, std = match[1], int(match[2][:12]), float(match[3][:12])
+    nimg = -(-kimg * 1000 // Mi) * Mi
+    preset = name if name != 'network-snapshot' else path.absolute().parent.name
+    return nimg if nimg // 1000 == kimg else kimg * 1000, std, preset if preset.startswith('edm2-') else ''
