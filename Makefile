@@ -1,34 +1,37 @@
-# `make demo` and `make test` need Python >= 3.10 and nothing else; both set up .venv first.
+# `make demo` and `make test` need Python >= 3.10 with its venv module, and set up .venv first. Linux and macOS.
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/ready
 
-# Without a GPU, only the CPU build of PyTorch is accepted (on Linux it has a version of its own), never the CUDA
-# packages. Override to choose another: make demo TORCH=torch==2.11.0
-GPU := $(shell nvidia-smi -L 2>/dev/null)
-ifeq ($(shell uname -s)$(GPU),Linux)
-TORCH ?= torch==2.13.0+cpu
+# Builds of PyTorch, the first of which that installs is taken. Without a GPU: the CPU build from where pip looks, the
+# same from PyTorch's own index, and the build for CUDA. To choose one: make setup TORCH=torch==2.11.0
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
+ifdef TORCH
+BUILDS := '$(TORCH)'
+else ifeq ($(shell uname -s)$(GPU),Linux)
+CPU := torch==2.13.0+cpu
+BUILDS := '$(CPU)' '$(CPU) --extra-index-url=https://download.pytorch.org/whl/cpu' 'torch==2.13.0'
 else
-TORCH ?= torch==2.13.0
+BUILDS := 'torch==2.13.0'
 endif
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The demo's network is too small for threads to help: waiting for each other, two are slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-all lint format clean
+.PHONY: setup demo test test-all resolve lint format clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --constraint constraints.txt '$(TORCH)' '.[demo,dev]' || { \
-		echo 'Could not install. If $(TORCH) was not found, tell pip where the CPU builds of PyTorch are'; \
-		echo '(PIP_EXTRA_INDEX_URL, see the PyTorch install page), or choose a build: make setup TORCH=torch==VERSION'; \
-		exit 1; }
-	touch $(READY)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@for build in $(BUILDS); do \
+		echo "Installing $$build and what constraints.txt lists (without +cpu, on Linux: with gigabytes of CUDA)"; \
+		$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt $$build '.[demo,report,dev]' \
+			&& touch $(READY) && exit 0; \
+	done; rm -rf $(VENV); echo 'Nothing could be installed; pip says why. README.md has the plain pip commands.'; exit 1
 
 # The main job, command by command as in the README.
 demo: setup
@@ -49,6 +52,10 @@ test: setup lint
 
 test-all: setup lint
 	python -m pytest -n 2
+
+# Asks the package index whether every supported Python can install constraints.txt.
+resolve: setup
+	python -m tests.resolve_constraints
 
 lint: setup
 	ruff check .

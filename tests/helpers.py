@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pytest
 import torch
 
 from dataset.files.writer import DatasetWriter, encode_png
@@ -16,6 +18,10 @@ from networks.config import NetworkConfig
 from networks.edm2.config import EDM2Config
 from torch_utils.tensor_files import TensorFile
 from training.state import state_files
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='torch.compile needs a C++ compiler on a CPU'
+)
 
 
 def edm2_network(img_resolution: tuple[int, int], img_channels: int, label_dim: int, *args, **kwargs) -> NetworkConfig:

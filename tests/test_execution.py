@@ -10,7 +10,7 @@ from networks.denoiser import Denoiser
 from networks.edm2.branches import BRANCHES
 from networks.edm2.magnitude import normalize
 from networks.edm2.unet import Block
-from tests.helpers import edm2_network
+from tests.helpers import edm2_network, needs_compiler
 from tests.test_networks import golden_inputs, golden_net
 
 # Every layer rounds to 8 bits of mantissa (bfloat16: 4e-3) or 11 (float16: 5e-4); errors of some thirty layers add
@@ -148,6 +148,7 @@ def test_one_graph(name):
     check_compiled(name, backend='aot_eager', tolerance=1e-6)
 
 
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.filterwarnings('default')  # inductor's own deprecations, other ones in each version
 @pytest.mark.parametrize('name', BRANCHES)

@@ -26,7 +26,7 @@ from sampling import output
 from sampling.config import SamplerConfig
 from sampling.pipeline import sample
 from tests.conftest import ROOT
-from tests.helpers import edm2_network
+from tests.helpers import edm2_network, needs_compiler
 
 LABELLED = edm2_network((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
 
@@ -345,6 +345,7 @@ def test_bad_words(generate, tmp_path):
             parse_grid(text)
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_compiled(run_script, generate, nets, tmp_path):
     words = [f'--net={nets}/net.safetensors', '--seeds=0-20', '--steps=3', '--compile', f'--outdir={tmp_path}/fast']

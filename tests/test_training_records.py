@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from dataclasses import replace
 
@@ -18,7 +17,7 @@ from dnnlib.jsonl import append_record, cut_records, read_records
 from networks.complexity import complexity, saved_bytes
 from networks.denoiser import Denoiser
 from networks.encoders import encode_pixels
-from tests.helpers import edm2_network
+from tests.helpers import edm2_network, needs_compiler
 from training.cost import format_bytes, memory, plan
 from training.heldout import held_out_loss, split
 from training.inputs import training_draws
@@ -347,7 +346,7 @@ def test_help_is_grouped(run_script):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.skipif(sys.platform == 'win32', reason='no compiler')
+@needs_compiler
 def test_compiled_training_is_the_same_mathematics(config, run):
     small = replace(
         config, batch=64, duration=1024, status=64, preview=1024, micro_batch=32,
