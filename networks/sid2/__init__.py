@@ -1,0 +1,1 @@
+"""The Residual U-ViT of simpler diffusion (SiD2)."""
