@@ -189,7 +189,61 @@ class DPMpp2M(Sampler):
         return x
 
 
-SAMPLERS: dict[str, type[Sampler]] = {'heun': Heun, 'euler': Euler, 'dpm++2m': DPMpp2M}
+@dataclasses.dataclass(frozen=True)
+class Ancestral(Sampler):
+    """DDPM's ancestral sampler: every step draws from the posterior at D, one evaluation (SiD2 appendix A.4).
+
+    x_next = r x + (1 - r) D + std eps,   r = sigma_next^2 / sigma^2,   ln std^2 = f ln max + (1 - f) ln min,
+    min = (1 - r) sigma_next^2,           max = (1 - r) sigma^2 (1 + sigma_next^2) / (1 + sigma^2)
+
+    The bounds are those of the variance-preserving form, for data of unit variance and for a single image; the last
+    step ends at D.
+
+    Args:
+        f: Where the variance lies between its bounds.
+        clip: Largest value of D; 0 for no bound.
+    """
+
+    f: float = option(0.3, 'Variance of a step, between its bounds (0 to 1).')
+    clip: float = option(1.0, 'Largest value of a denoised image; 0 for none.')
+
+    order = None
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        x: torch.Tensor,
+        sigmas: torch.Tensor,
+        noise: Noise | None = None,
+        observe: Observe | None = None,
+    ) -> torch.Tensor:
+        """See the module."""
+        assert noise is not None, 'ancestral sampling needs a source of noise'
+        for i, sigma, sigma_next in steps(sigmas):
+            denoised = evaluate(of_step(denoise, sigma), x, sigma)
+            if self.clip:
+                denoised = denoised.clamp(-self.clip, self.clip)
+            r = (sigma_next / sigma) ** 2
+            x = r * x + (1 - r) * denoised
+            if sigma_next > 0:
+                x = x + math.sqrt(self.variance(sigma, sigma_next)) * noise(x)
+            if observe is not None:
+                observe(i, sigma, denoised)
+        return x
+
+    def variance(self, sigma: float, sigma_next: float) -> float:
+        """Of the noise of a step between two noise levels above 0."""
+        least = sigma_next**2 * (1 - (sigma_next / sigma) ** 2)
+        most_to_least = (1 + sigma_next**-2) / (1 + sigma**-2)
+        return least * most_to_least**self.f
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with its options, in words."""
+        found = [] if 0 <= self.f <= 1 else [f'f must be from 0 to 1, not {self.f}']
+        return found + ([] if self.clip >= 0 else [f'clip must be at least 0, not {self.clip}'])
+
+
+SAMPLERS: dict[str, type[Sampler]] = {'heun': Heun, 'euler': Euler, 'dpm++2m': DPMpp2M, 'ancestral': Ancestral}
 
 
 def steps(sigmas: torch.Tensor) -> Iterator[tuple[int, float, float]]:
