@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from dnnlib.configs import option
+
 
 def sigma_of(logsnr: torch.Tensor) -> torch.Tensor:
     """e^(-lambda / 2)."""
@@ -24,23 +26,24 @@ def logsnr_of(sigma: torch.Tensor) -> torch.Tensor:
 class Cosine:
     """The cosine schedule, shifted and interpolated for resolutions (simple diffusion sections 3.1 and 3.2, SiD2).
 
-    lambda(t) = -2 ln tan(A t + B) + (1 - t) 2 ln(high / resolution) + t 2 ln(low / resolution), t from 0 (data) to 1.
+    lambda(t) = -2 ln tan(A t + B) + (1 - t) s0 + t s1, t from 0 (data) to 1,
+    with shifts s0 = 2 ln(noise_high / resolution) and s1 = 2 ln(noise_low / resolution).
 
-    It is the noise that a resolution of `high` has near the data and one of `low` near pure noise: SiD2's
-    `cosine_interpolated_low_32_high_512`. With low = high it is the shifted schedule, with both = resolution the plain
+    It has the noise for a side of `noise_high` near the data and for `noise_low` near pure noise: with 32 and 512 it is
+    SiD2's `cosine_interpolated_low_32_high_512`, with equal ones the shifted schedule, with both = resolution the plain
     one. In training t ~ U(0, 1); samplers step uniformly in t.
 
     Args:
         resolution: Side of the images.
-        low, high: Sides between which it is interpolated.
+        noise_low, noise_high: Sides between which it is interpolated.
         logsnr_min, logsnr_max: Of the plain cosine.
     """
 
-    resolution: int = 64
-    low: int = 64
-    high: int = 64
-    logsnr_min: float = -15.0
-    logsnr_max: float = 15.0
+    resolution: int = option(64, 'Side of the images, for the cosine schedule.')
+    noise_low: int = option(64, 'Side whose noise it has near pure noise.')
+    noise_high: int = option(64, 'Side whose noise it has near the data.')
+    logsnr_min: float = option(-15.0, 'Of the cosine schedule before it is shifted.')
+    logsnr_max: float = option(15.0, 'Likewise.')
 
     @property
     def _angles(self) -> tuple[float, float]:
@@ -51,7 +54,7 @@ class Cosine:
     @property
     def _shifts(self) -> tuple[float, float]:
         """Of lambda at t = 0 and t = 1."""
-        return 2 * math.log(self.high / self.resolution), 2 * math.log(self.low / self.resolution)
+        return 2 * math.log(self.noise_high / self.resolution), 2 * math.log(self.noise_low / self.resolution)
 
     @property
     def sigma_min(self) -> float:
@@ -103,8 +106,10 @@ class Cosine:
     def problems(self) -> list[str]:
         """Everything that is wrong with it, in words."""
         found = []
-        if not 1 <= self.low <= self.high <= min(1024 * self.low, 2**20):
-            found.append(f'1 <= low <= high <= 1024 low is needed, not {self.low} and {self.high}')
+        if not 1 <= self.noise_low <= self.noise_high <= min(1024 * self.noise_low, 2**20):
+            found.append(
+                f'1 <= noise_low <= noise_high <= 1024 noise_low is needed, not {self.noise_low} and {self.noise_high}'
+            )
         if not 1 <= self.resolution <= 2**20:
             found.append(f'resolution must be at least 1, not {self.resolution}')
         if not -60 <= self.logsnr_min < self.logsnr_max <= 60:

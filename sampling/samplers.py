@@ -200,11 +200,11 @@ class Ancestral(Sampler):
     step ends at D.
 
     Args:
-        f: Where the variance lies between its bounds.
+        variance: f, where the variance lies between its bounds.
         clip: Largest value of D; 0 for no bound.
     """
 
-    f: float = option(0.3, 'Variance of a step, between its bounds (0 to 1).')
+    variance: float = option(0.3, 'Where the variance of a step lies between its bounds, 0 to 1.')
     clip: float = option(1.0, 'Largest value of a denoised image; 0 for none.')
 
     order = None
@@ -226,20 +226,20 @@ class Ancestral(Sampler):
             r = (sigma_next / sigma) ** 2
             x = r * x + (1 - r) * denoised
             if sigma_next > 0:
-                x = x + math.sqrt(self.variance(sigma, sigma_next)) * noise(x)
+                x = x + math.sqrt(self.step_variance(sigma, sigma_next)) * noise(x)
             if observe is not None:
                 observe(i, sigma, denoised)
         return x
 
-    def variance(self, sigma: float, sigma_next: float) -> float:
+    def step_variance(self, sigma: float, sigma_next: float) -> float:
         """Of the noise of a step between two noise levels above 0."""
         least = sigma_next**2 * (1 - (sigma_next / sigma) ** 2)
         most_to_least = (1 + sigma_next**-2) / (1 + sigma**-2)
-        return least * most_to_least**self.f
+        return least * most_to_least**self.variance
 
     def problems(self) -> list[str]:
         """Everything that is wrong with its options, in words."""
-        found = [] if 0 <= self.f <= 1 else [f'f must be from 0 to 1, not {self.f}']
+        found = [] if 0 <= self.variance <= 1 else [f'variance must be from 0 to 1, not {self.variance}']
         return found + ([] if self.clip >= 0 else [f'clip must be at least 0, not {self.clip}'])
 
 

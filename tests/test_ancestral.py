@@ -34,7 +34,7 @@ def test_step_is_that_of_the_variance_preserving_form(sigma, sigma_next, f):
     posterior = s2_ts * s2_s / s2_t  # of q(z_s | z_t, x): the lower one
     mean = a_ts * s2_s / s2_t * (math.sqrt(a2_t) * x) + math.sqrt(a2_s) * s2_ts / s2_t * D
     expected = mean + math.sqrt(s2_ts**f * posterior ** (1 - f)) * n
-    got = one_step(Ancestral(f=f, clip=0), sigma, sigma_next, x, D, n)
+    got = one_step(Ancestral(variance=f, clip=0), sigma, sigma_next, x, D, n)
     torch.testing.assert_close(math.sqrt(a2_s) * got, expected)
 
 
@@ -51,7 +51,7 @@ def output_variance(f, num_steps, std):
     def denoise(x, sigma):
         return x * std**2 / (std**2 + sigma**2)
 
-    return Ancestral(f=f, clip=0)(denoise, x, sigmas, noise).square().sum().item()
+    return Ancestral(variance=f, clip=0)(denoise, x, sigmas, noise).square().sum().item()
 
 
 @pytest.mark.parametrize('f', [0.0, 0.3, 0.7, 1.0])
@@ -75,5 +75,8 @@ def test_clipping_and_the_last_step():
 
 
 def test_problems():
-    assert Ancestral(f=1.5, clip=-1).problems() == ['f must be from 0 to 1, not 1.5', 'clip must be at least 0, not -1']
+    assert Ancestral(variance=1.5, clip=-1).problems() == [
+        'variance must be from 0 to 1, not 1.5',
+        'clip must be at least 0, not -1',
+    ]
     assert not Ancestral().problems() and Ancestral().evaluations(512) == 512

@@ -193,8 +193,8 @@ def test_multiscale():
 @pytest.mark.parametrize(
     ('config', 'message'),
     [
-        (Cosine(64, 128, 64), '1 <= low <= high'),
-        (Cosine(64, 1, 4096), '1 <= low <= high <= 1024 low'),
+        (Cosine(64, 128, 64), '1 <= noise_low <= noise_high'),
+        (Cosine(64, 1, 4096), 'noise_high <= 1024 noise_low'),
         (Cosine(0, 32, 64), 'resolution must be at least 1, not 0'),
         (Cosine(logsnr_min=3, logsnr_max=2), 'logsnr_min < logsnr_max'),
         (Sigmoid(99.0), 'bias must be from -30 to 30, not 99.0'),

@@ -170,7 +170,7 @@ class TransformerBlock(nn.Module):
 
 def positions(height: int, width: int, channels: int, device: torch.device) -> torch.Tensor:
     """Angles of rotary position embedding, half of them by row and half by column, float32 [H W, channels / 2]."""
-    freqs = ROPE_BASE ** -torch.linspace(0, 1, channels // 4 + 1, device=device)[:-1]
+    freqs = (1 / ROPE_BASE) ** torch.linspace(0, 1, channels // 4 + 1, device=device)[:-1]
     rows, columns = (torch.arange(side, device=device)[:, None] * freqs for side in (height, width))
     return torch.cat([rows.repeat_interleave(width, dim=0), columns.repeat(height, 1)], dim=1)
 
