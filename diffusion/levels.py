@@ -14,6 +14,8 @@ import math
 
 import torch
 
+from diffusion.logsnr import Cosine
+
 
 @dataclasses.dataclass(frozen=True)
 class LogNormal:
@@ -37,4 +39,4 @@ class LogNormal:
         return found + ([] if self.P_std > 0 else [f'P_std must be positive, not {self.P_std}'])
 
 
-LEVELS = {'lognormal': LogNormal}
+LEVELS = {'lognormal': LogNormal, 'cosine': Cosine}

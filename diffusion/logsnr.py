@@ -36,35 +36,31 @@ class Cosine:
     Args:
         resolution: Side of the images.
         noise_low, noise_high: Sides between which it is interpolated.
-        logsnr_min, logsnr_max: Of the plain cosine.
+        sigma_min, sigma_max: Noise levels at t = 0 and t = 1; the defaults are lambda = 15 and -15.
     """
 
     resolution: int = option(64, 'Side of the images, for the cosine schedule.')
     noise_low: int = option(64, 'Side whose noise it has near pure noise.')
     noise_high: int = option(64, 'Side whose noise it has near the data.')
-    logsnr_min: float = option(-15.0, 'Of the cosine schedule before it is shifted.')
-    logsnr_max: float = option(15.0, 'Likewise.')
+    sigma_min: float = option(math.exp(-7.5), 'Lowest noise level.')
+    sigma_max: float = option(math.exp(7.5), 'Highest noise level.')
+
+    @classmethod
+    def interpolated(cls, resolution: int, noise_low: int, noise_high: int, logsnr: float = 15.0) -> 'Cosine':
+        """The schedule whose ends are -logsnr and logsnr before they are shifted, as papers give it."""
+        ends = (math.exp(-logsnr / 2) * resolution / noise_high, math.exp(logsnr / 2) * resolution / noise_low)
+        return cls(resolution, noise_low, noise_high, *ends)
 
     @property
     def _angles(self) -> tuple[float, float]:
         """A and B."""
-        B = math.atan(math.exp(-self.logsnr_max / 2))
-        return math.atan(math.exp(-self.logsnr_min / 2)) - B, B
+        B = math.atan(self.sigma_min * self.noise_high / self.resolution)
+        return math.atan(self.sigma_max * self.noise_low / self.resolution) - B, B
 
     @property
     def _shifts(self) -> tuple[float, float]:
-        """Of lambda at t = 0 and t = 1."""
+        """s0 and s1."""
         return 2 * math.log(self.noise_high / self.resolution), 2 * math.log(self.noise_low / self.resolution)
-
-    @property
-    def sigma_min(self) -> float:
-        """Lowest noise level, at t = 0."""
-        return math.exp(-(self.logsnr_max + self._shifts[0]) / 2)
-
-    @property
-    def sigma_max(self) -> float:
-        """Highest noise level, at t = 1."""
-        return math.exp(-(self.logsnr_min + self._shifts[1]) / 2)
 
     def logsnr(self, t: torch.Tensor) -> torch.Tensor:
         """lambda(t), elementwise in float64."""
@@ -112,6 +108,8 @@ class Cosine:
             )
         if not 1 <= self.resolution <= 2**20:
             found.append(f'resolution must be at least 1, not {self.resolution}')
-        if not -60 <= self.logsnr_min < self.logsnr_max <= 60:
-            found.append(f'-60 <= logsnr_min < logsnr_max <= 60 is needed, not {self.logsnr_min} and {self.logsnr_max}')
+        if not found and not 1e-12 <= self.sigma_min < self.sigma_max * self.noise_low / self.noise_high <= 1e12:
+            found.append(
+                f'0 < sigma_min < sigma_max noise_low / noise_high is needed, not {self.sigma_min} and {self.sigma_max}'
+            )
         return found

@@ -14,6 +14,7 @@ import math
 
 import torch
 
+from diffusion.logsnr import Cosine
 from dnnlib.configs import option
 
 
@@ -57,4 +58,4 @@ class EDM:
         return found
 
 
-DISCRETIZATIONS = {'edm': EDM}
+DISCRETIZATIONS = {'edm': EDM, 'cosine': Cosine}

@@ -26,6 +26,7 @@ aten = torch.ops.aten
 PER_OUTPUT = {
     **dict.fromkeys((aten.add, aten.mul, aten.div, aten.sqrt, aten.log, aten.cos, aten.pow, aten.reciprocal), 1),
     aten.silu: 3,
+    aten.gelu: 4,
     **dict.fromkeys((aten.lerp, aten.clamp), 2),
     **dict.fromkeys((aten.avg_pool2d, aten.upsample_nearest2d), 4),
 }
@@ -34,7 +35,8 @@ MATRIX_PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}  # a
 FREE = {
     *(aten.view, aten._unsafe_view, aten.permute, aten.transpose, aten.t, aten.expand, aten.unsqueeze, aten.select),
     *(aten.clone, aten._to_copy, aten.cat, aten.ones_like, aten.new_zeros, aten.unbind, aten.slice, aten.empty_like),
-    *(aten.detach, aten.alias),
+    *(aten.detach, aten.alias, aten.split, aten.repeat, aten.arange, aten.linspace),
+    *(aten.pixel_shuffle, aten.pixel_unshuffle),
 }
 
 
@@ -54,8 +56,10 @@ def operation_cost(func: Any, args: tuple, out: Any) -> tuple[str, int, int]:
     if packet in MATRIX_PRODUCTS:
         macs = size * args[MATRIX_PRODUCTS[packet]].shape[-1]
         return 'linear', macs, macs
-    if packet is aten.linalg_vector_norm:
+    if packet in (aten.linalg_vector_norm, aten.mean):
         return 'norm', args[0].numel(), 0
+    if packet is aten.native_group_norm:  # mean, variance, shift and scale, twice where there are trained ones
+        return 'norm', (4 if args[1] is None else 6) * size, 0
     if packet in PER_OUTPUT:
         return kind, PER_OUTPUT[packet] * size, 0
     if packet in FREE:

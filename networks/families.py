@@ -24,6 +24,8 @@ from torch import nn
 from networks.edm2.config import EDM2Config
 from networks.edm2.unet import UNet
 from networks.interface import Interface
+from networks.sid2.config import UViTConfig
+from networks.sid2.uvit import UViT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,5 +43,6 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     'edm2': Family(EDM2Config, UNet),
+    'sid2': Family(UViTConfig, UViT),
 }
 ARCHITECTURES: dict[str, type] = {name: family.config for name, family in FAMILIES.items()}

@@ -40,7 +40,7 @@ def test_step_is_that_of_the_variance_preserving_form(sigma, sigma_next, f):
 
 def output_variance(f, num_steps, std):
     """Variance of samples where the data is N(0, std^2): all steps are linear, so noises are told apart by an axis."""
-    sigmas = Cosine(logsnr_min=-10, logsnr_max=10).sigmas(num_steps)
+    sigmas = Cosine.interpolated(64, 64, 64, logsnr=10).sigmas(num_steps)
     x = torch.zeros(1, 1, 1, num_steps + 1, dtype=torch.float64)
     x[..., 0], used = sigmas[0], [0]
 

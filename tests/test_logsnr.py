@@ -11,7 +11,13 @@ from diffusion.levels import LogNormal
 from diffusion.logsnr import Cosine, logsnr_of, sigma_of
 from diffusion.weightings import EDM, EDMLogSNR, EpsilonMSE, Multiscale, Power, Sigmoid
 
-SCHEDULES = [Cosine(), Cosine(512, 32, 512), Cosine(64, 32, 512), Cosine(64, 16, 16), Cosine(128, 1, 1024, -10, 12)]
+SCHEDULES = [
+    Cosine(),
+    Cosine.interpolated(512, 32, 512),
+    Cosine.interpolated(64, 32, 512),
+    Cosine(64, 16, 16),
+    Cosine(128, 1, 1024, 0.003, 400.0),
+]
 T = torch.linspace(0, 1, 1001, dtype=torch.float64)
 
 
@@ -31,12 +37,13 @@ def test_derivative_and_inverse(schedule):
 
 
 def test_cosine_closed_forms():
-    plain = Cosine(logsnr_min=-15, logsnr_max=15)
-    assert plain.logsnr(T[[0, 500, -1]]).tolist() == pytest.approx([15, 0, -15], abs=1e-12)
+    assert Cosine() == Cosine.interpolated(64, 64, 64) and Cosine().logsnr(T[[0, 500, -1]]).tolist() == pytest.approx(
+        [15, 0, -15], abs=1e-12
+    )
     # With wide ends it is the cosine schedule itself, alpha = cos(pi t / 2).
-    wide = Cosine(logsnr_min=-60, logsnr_max=60)
+    wide = Cosine(sigma_min=1e-12, sigma_max=1e12)
     torch.testing.assert_close(wide.logsnr(T[1:-1]).sigmoid().sqrt(), (T[1:-1] * math.pi / 2).cos(), rtol=0, atol=1e-9)
-    shifted = Cosine(256, 64, 64)
+    shifted = Cosine.interpolated(256, 64, 64)
     torch.testing.assert_close(shifted.logsnr(T), Cosine().logsnr(T) + 2 * math.log(64 / 256))
 
 
@@ -44,13 +51,13 @@ def test_cosine_closed_forms():
     ('resolution', 'high', 'low'), [(64, 4.16, -1.39), (128, 2.77, -2.77), (256, 1.39, -4.16), (512, 0, -5.55)]
 )
 def test_interpolated_shifts(resolution, high, low):
-    shift = Cosine(resolution, 32, 512).logsnr(T) - Cosine().logsnr(T)
+    shift = Cosine.interpolated(resolution, 32, 512).logsnr(T) - Cosine().logsnr(T)
     assert shift[[0, -1]].tolist() == pytest.approx([high, low], abs=0.005)
     torch.testing.assert_close(shift, shift[0] + T * (shift[-1] - shift[0]))
 
 
 def test_interpolated_range_at_512():
-    ends = Cosine(512, 32, 512).logsnr(T[[0, 500, -1]])
+    ends = Cosine.interpolated(512, 32, 512).logsnr(T[[0, 500, -1]])
     assert ends.tolist() == pytest.approx([15, -2.77, -20.55], abs=0.005)
 
 
@@ -102,7 +109,7 @@ def identities(sigma):
 
 
 def test_losses_of_x_eps_and_v_are_one():
-    schedule = Cosine(128, 32, 512)
+    schedule = Cosine.interpolated(128, 32, 512)
     t = torch.linspace(0.01, 0.99, 33, dtype=torch.float64)
     logsnr, b = schedule.logsnr(t), -1.5
     sigma = sigma_of(logsnr)
@@ -170,7 +177,7 @@ def test_haar_is_orthonormal():
 
 
 def test_power_loss_by_band():
-    schedule, sigma, b = Cosine(64, 32, 512), torch.tensor([0.3, 2.0], dtype=torch.float64), -1.0
+    schedule, sigma, b = Cosine.interpolated(64, 32, 512), torch.tensor([0.3, 2.0], dtype=torch.float64), -1.0
     error = normal(2, 3, 8, 8)
     logsnr = logsnr_of(sigma)
     expected = 0
@@ -196,7 +203,8 @@ def test_multiscale():
         (Cosine(64, 128, 64), '1 <= noise_low <= noise_high'),
         (Cosine(64, 1, 4096), 'noise_high <= 1024 noise_low'),
         (Cosine(0, 32, 64), 'resolution must be at least 1, not 0'),
-        (Cosine(logsnr_min=3, logsnr_max=2), 'logsnr_min < logsnr_max'),
+        (Cosine(sigma_min=3.0, sigma_max=2.0), '0 < sigma_min < sigma_max'),
+        (Cosine(64, 1, 512, 0.002, 0.8), 'sigma_max noise_low / noise_high'),
         (Sigmoid(99.0), 'bias must be from -30 to 30, not 99.0'),
         (Sigmoid(-3.0, bias_start=-8.0), 'bias_start and bias_images'),
         (Power(haar_levels=-1), 'haar_levels must be from 0 to 16, not -1'),

@@ -8,4 +8,6 @@ Every one is a frozen dataclass with
     problems()                            everything that is wrong with it, in words
 """
 
-AUGMENTS: dict[str, type] = {}
+from training.augment_distribution import DistributionAugment
+
+AUGMENTS: dict[str, type] = {'distribution': DistributionAugment}

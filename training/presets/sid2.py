@@ -40,7 +40,7 @@ def _imagenet(
         dropout=(0.0, 0.0, 0.1, 0.1)[-levels:],
         patch=patch,
     )
-    schedule = Cosine(resolution, noise_low=32, noise_high=512)
+    schedule = Cosine.interpolated(resolution, 32, 512)
     return TrainConfig(
         network=NetworkConfig((resolution, resolution), 3, 1000, architecture, V_PREDICTION),
         optimizer=Optimizer(1e-4, rampup=10_000 * BATCH, eps=1e-12),
@@ -75,7 +75,7 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 # The 1797 handwritten digits that scikit-learn carries, 8x8 pixels, in minutes on two CPU cores.
-_DIGITS_SCHEDULE = Cosine(8, noise_low=8, noise_high=16)
+_DIGITS_SCHEDULE = Cosine.interpolated(8, 8, 16)
 PRESETS['sid2-digits'] = TrainConfig(
     network=NetworkConfig(
         (8, 8), 1, 10, UViTConfig((48, 96), (2,), (2,), 3, 1, (0.0, 0.1), emb_channels=128, channels_per_head=32),

@@ -8,10 +8,12 @@ from dataset.reader import ImageDataset
 from dnnlib.configs import replaced
 from dnnlib.errors import UserError, unknown_choice
 from training.config import TrainConfig
-from training.presets import edm2
+from training.presets import edm2, sid2
 
 PRESETS: dict[str, TrainConfig] = {
-    name: dataclasses.replace(preset, preset=name) for table in (edm2.PRESETS,) for name, preset in table.items()
+    name: dataclasses.replace(preset, preset=name)
+    for table in (edm2.PRESETS, sid2.PRESETS)
+    for name, preset in table.items()
 }
 
 # Flags of train.py that stand for a field with a name or a place of its own; the others have the field's name.
