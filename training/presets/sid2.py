@@ -82,15 +82,15 @@ PRESETS['sid2-digits'] = TrainConfig(
         V_PREDICTION,
     ),
     optimizer=Optimizer(1e-3, rampup=4 * 1024, eps=1e-12),
-    duration=48 * 1024,
+    duration=96 * 1024,
     batch=64,
     method=DenoisingConfig(_DIGITS_SCHEDULE, Sigmoid(2.0)),
-    ema=Averages(halflife=2 * 1024, rampup=0.0),
+    ema=Averages(halflife=4 * 1024, rampup=0.0),
     label_dropout=0.1,
     sampler=SamplerConfig(
         steps=64, sampler=Ancestral(), disc=_DIGITS_SCHEDULE, guidance_interval=(math.exp(-5 / 2), math.exp(3 / 2))
     ),
-    snapshot=2 * 1024,
+    snapshot=4 * 1024,
     checkpoint=16 * 1024,
     status=1024,
     preview=16 * 1024,
