@@ -105,7 +105,7 @@ def _count_tables() -> list[dict]:
         for row in table.rows:
             mparams, gflops = _sizes(row, counted)
             rows.append({**dataclasses.asdict(row), 'our_mparams': mparams, 'our_gflops': gflops})
-        result.append({'title': table.title, 'rows': rows})
+        result.append({'title': table.title, 'note': table.note, 'rows': rows})
     return result
 
 
@@ -113,7 +113,7 @@ def _markdown(tables: list[dict]) -> str:
     """What `_count_tables` gives, with a numbered note wherever ours differs from what the paper prints."""
     lines, notes = [], []
     for table in tables:
-        lines += [f'### {table["title"]}', '']
+        lines += [f'### {table["title"]}', '', *([table['note'], ''] if table['note'] else [])]
         lines += [
             '| Architecture | Mparams | paper | GFLOPs | paper | FID-50K (paper) |',
             '|---|---:|---:|---:|---:|---:|',
@@ -123,7 +123,7 @@ def _markdown(tables: list[dict]) -> str:
             for name in ('mparams', 'gflops'):
                 value, printed = row[f'our_{name}'], row[name]
                 ours = _as_printed(value, printed)
-                if ours != printed:
+                if printed and ours != printed and not table['note']:
                     notes.append(f'{row["label"]}: {value:.2f} here, {printed} in the paper. {row["note"]}'.strip())
                     ours += f' [{len(notes)}]'
                 cells += [ours, printed]

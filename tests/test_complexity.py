@@ -1,5 +1,6 @@
 """Counts against the papers' tables, and the counter against what can be counted by hand."""
 
+import itertools
 import json
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from networks.complexity import _Counter, attention_cost, complexity, saved_bytes
 from networks.denoiser import Denoiser
 from tests.helpers import edm2_network
-from training.presets.paper_tables import TABLES
+from training.presets.paper_tables import TABLES, sid2_gflops
 from training.presets.table import get_preset
 
 KNOWN_TO_DIFFER = {('edm2plus-img64-s', 'edm2plus-img64-xs/0'), ('edm2plus-img64-xl',)}  # each with a note
@@ -32,6 +33,8 @@ def test_tables_of_the_paper_to_the_last_digit(tables):
     seen = 0
     for table in tables:
         for row in table['rows']:
+            if row['presets'][0].startswith('sid2'):
+                continue
             digits = len(row['mparams'].partition('.')[2])
             agrees = [
                 f'{ours:.{digits}f}' == row[name]
@@ -43,6 +46,32 @@ def test_tables_of_the_paper_to_the_last_digit(tables):
                 assert all(agrees), row
             seen += 1
     assert seen == 10 + 6 + 9
+
+
+@pytest.mark.parametrize(
+    ('name', 'gflops'),
+    [
+        *((f'sid2-img{resolution}-small', 137.4) for resolution in (128, 256, 512)),
+        *(('sid2-img128-fh', 536.9), ('sid2-img256-fh', 652.8), ('sid2-img512-fh', 652.8), ('sid2-img64-small', 32.7)),
+    ],
+)
+def test_costs_of_sid2(name, gflops):
+    """By the paper's formula to the digit, and what there is beside the matrices of the blocks, layer by layer."""
+    network = get_preset(name).network
+    architecture, resolution = network.architecture, network.img_resolution[0]
+    formula = sid2_gflops(architecture, resolution)
+    assert round(formula, 1) == gflops
+    rest, emb = 0, architecture.emb_channels
+    for level, (fine, coarse) in enumerate(itertools.pairwise(architecture.channels)):
+        rest += 2 * fine * coarse * (resolution // architecture.patch >> level + 1) ** 2  # D and U, at the coarser side
+    rest += 2 * 3 * architecture.channels[0] * resolution**2  # patches in and out
+    blocks = [*map(sum, zip(architecture.down_blocks, architecture.up_blocks, strict=True)), architecture.mid_blocks]
+    for level, (channels, count) in enumerate(zip(architecture.channels, blocks, strict=True)):
+        rest += count * (2 if level < architecture.res_levels else 4) * channels * emb  # modulation
+    rest += emb // 4 * emb + emb**2 + 1000 * emb
+    cost = complexity(network)
+    assert cost.macs == round(formula * 1e9) + rest
+    assert cost.macs < cost.operations < 1.05 * cost.macs
 
 
 def test_largest_model():

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+from networks.sid2.config import UViTConfig
+from training.presets.sid2 import PRESETS as SID2
+
 
 @dataclasses.dataclass(frozen=True)
 class PublishedRow:
@@ -10,7 +13,7 @@ class PublishedRow:
     Args:
         label: What the paper calls it.
         presets: Ours; several are networks that are used together; `NAME/0` is that preset without classes.
-        mparams, gflops: As printed, with the digits printed.
+        mparams, gflops: As printed, with the digits printed; nothing where the paper does not tell.
         fid: FID-50K as printed.
         note: Why ours differ, where they do.
     """
@@ -25,10 +28,37 @@ class PublishedRow:
 
 @dataclasses.dataclass(frozen=True)
 class PublishedTable:
-    """A table of the EDM2+ paper."""
+    """A table of a paper.
+
+    Args:
+        title: With what is in it.
+        rows: From top to bottom.
+        note: Why ours differ, where all do for one reason.
+    """
 
     title: str
     rows: tuple[PublishedRow, ...]
+    note: str = ''
+
+
+def sid2_gflops(architecture: UViTConfig, resolution: int) -> float:
+    """What SiD2 counts for a network, in 10^9 multiply-accumulates (SiD2 appendix A.2): the matrices of its blocks."""
+    total, mid = 0, len(architecture.channels) - 1
+    for level, channels in enumerate(architecture.channels):
+        tokens = (resolution // architecture.patch >> level) ** 2
+        blocks = architecture.mid_blocks
+        if level < mid:
+            blocks = architecture.down_blocks[level] + architecture.up_blocks[level]
+        if level < architecture.res_levels:
+            total += blocks * 18 * channels**2 * tokens
+        else:
+            total += blocks * (12 * channels**2 * tokens + 2 * channels * tokens**2)
+    return total / 1e9
+
+
+def _sid2(label: str, preset: str, fid: str) -> PublishedRow:
+    architecture, resolution = SID2[preset].network.architecture, SID2[preset].network.img_resolution[0]
+    return PublishedRow(label, (preset,), '', f'{sid2_gflops(architecture, resolution):.1f}', fid)
 
 
 _S = 'edm2plus-img64-s'
@@ -82,5 +112,18 @@ TABLES = (
                 'EDM2+-XL', ('edm2plus-img64-xl',), '613', '199', '1.33', 'The paper cuts instead of rounding.'
             ),
         ),
+    ),
+    PublishedTable(
+        'SiD2 on ImageNet, pixels',
+        (
+            _sid2('small, 128x128', 'sid2-img128-small', ''),
+            _sid2('small, 256x256', 'sid2-img256-small', '1.72'),
+            _sid2('small, 512x512', 'sid2-img512-small', '2.19'),
+            _sid2('flop heavy, 128x128', 'sid2-img128-fh', '1.26'),
+            _sid2('flop heavy, 256x256', 'sid2-img256-fh', '1.38'),
+            _sid2('flop heavy, 512x512', 'sid2-img512-fh', '1.48'),
+        ),
+        note='The paper has a formula (appendix A.2), which counts the matrices of the blocks. The rest of ours is '
+        'layers between levels, patches and modulation (under 1 %), and what is done element by element.',
     ),
 )
