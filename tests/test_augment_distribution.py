@@ -45,6 +45,10 @@ def test_without_colours_and_without_change():
     before = images.clone()
     x, labels = DistributionAugment(p=1.0)(images, 0, list(range(64)))
     assert labels[:, :4].any() and not labels[:, 4:].any() and torch.equal(images, before)
+    tall = torch.rand(64, 3, 6, 4, generator=torch.Generator().manual_seed(0))
+    x, labels = DistributionAugment(p=1.0)(tall, 0, list(range(64)))
+    assert labels[:, 1].any() and not labels[:, [0, 2, 3]].any() and labels[:, 4:].any()
+    assert all(torch.equal(undone(*pair), before) for *pair, before in zip(x, labels, tall, strict=True))
     x, labels = DistributionAugment(p=0.0)(images, 0, list(range(64)))
     assert torch.equal(x, images) and not labels.any()
     assert DistributionAugment(p=2.0).problems() == ['p must be from 0 to 1, not 2.0']

@@ -15,7 +15,8 @@ class DistributionAugment:
     """Quarter turns, transpositions and swaps of colours, as SiD2 uses against overfitting (SiD2 section 4.3).
 
     Each of the three is drawn uniformly for a share `p` of the images. Colours are swapped where images have three
-    channels. Labels are one-hot for each kind, and zeros mean an image as it is: what to ask for in generation.
+    channels; images that are not square are turned by a half alone. Labels are one-hot for each kind, and zeros mean an
+    image as it is: what to ask for in generation.
 
     Args:
         p: Share of images for which a kind is drawn, which may then still be no change.
@@ -29,19 +30,21 @@ class DistributionAugment:
         return 3 + 1 + len(COLOURS) - 1
 
     def __call__(self, images: torch.Tensor, seed: int, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augment images, which must be square.
+        """Augment images.
 
         Args:
-            images: float32 [N, C, H, H].
+            images: float32 [N, C, H, W].
             seed: Of the run.
             numbers: Image numbers; draws depend on (seed, number) alone.
 
         Returns:
-            float32 [N, C, H, H] and labels float32 [N, dim], on the same device.
+            float32 [N, C, H, W] and labels float32 [N, dim], on the same device.
         """
-        counts = (4, 2, len(COLOURS) if images.shape[1] == 3 else 1)
+        square = images.shape[2] == images.shape[3]
+        counts = (4 if square else 2, 2 if square else 1, len(COLOURS) if images.shape[1] == 3 else 1)
         draws = torch.stack([torch.rand(6, generator=stream(seed, 'distribution', number)) for number in numbers])
         chosen = (draws[:, :3] < self.p) * (draws[:, 3:] * torch.tensor(counts)).long()
+        chosen[:, 0] *= 4 // counts[0]
         labels = [torch.nn.functional.one_hot(c, n)[:, 1:] for c, n in zip(chosen.T, (4, 2, len(COLOURS)), strict=True)]
         images = images.clone()
         for turns, transposed, colours in chosen.unique(dim=0).tolist():

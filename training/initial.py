@@ -5,12 +5,13 @@ import torch
 from dnnlib.configs import differences
 from dnnlib.errors import UserError
 from networks.config import NetworkConfig
-from networks.files import fitting_network, open_network
+from networks.denoiser import Denoiser
+from networks.files import NetworkFile, PublishedNetworkFile, fitting_network, open_network
 from torch_utils import distributed
 from training.state import TrainState
 
-MAY_DIFFER = {'label_dim', 'architecture.dropout'}
-LABEL_WEIGHT = 'unet.emb_label.weight'  # one column for each class: has no meaning for other classes
+MAY_DIFFER = {'img_resolution', 'label_dim', 'augment_dim', 'architecture.dropout'}
+MAY_BEGIN_ANEW = ('label', 'augment')  # in names of tensors: embeddings of classes have no meaning for other ones
 
 
 def check_initial(source: str, config: NetworkConfig, offline: bool = False) -> None:
@@ -18,7 +19,8 @@ def check_initial(source: str, config: NetworkConfig, offline: bool = False) -> 
 
     Args:
         source: Path or URL of a network file.
-        config: Of the network that is to be trained. Its classes and its dropout may be others than the file's.
+        config: Of the network that is to be trained. Its classes, augmentation and dropout may be others than the
+            file's; so may its resolution, if its weights do not depend on it.
         offline: Only look for a URL in the download cache.
 
     Raises:
@@ -29,12 +31,29 @@ def check_initial(source: str, config: NetworkConfig, offline: bool = False) -> 
         if found := differences(file.info.config.to_json(), config.to_json(), MAY_DIFFER):
             raise UserError([f'{source} holds another network than this run has', *found])
         fitting_network(file)
+        with torch.device('meta'):
+            net = Denoiser(config)
+        if found := [line for line in misfits(file, net) if not any(part in line for part in MAY_BEGIN_ANEW)]:
+            there, here = ('x'.join(map(str, c.img_resolution)) for c in (file.info.config, config))
+            line = (
+                f'the weights of {source}, for {there} pixels, do not fit {here}: {len(found)} tensors differ, such as'
+            )
+            raise UserError(f'{line} {found[0]}')
+
+
+def misfits(file: NetworkFile | PublishedNetworkFile, net: Denoiser) -> list[str]:
+    """Names of the network's tensors that the file lacks, or has in another shape."""
+    return [
+        name
+        for name, tensor in net.state_dict().items()
+        if name not in file.names or tuple(file.shape(name)) != tuple(tensor.shape)
+    ]
 
 
 def start_from(state: TrainState, source: str, offline: bool = False) -> None:
     """Give a run that has not begun the weights of a file, and its averages with them.
 
-    The embedding of classes stays as it was drawn where the number of classes is another.
+    Embeddings of classes and augmentations stay as they were drawn where their number is another.
 
     Args:
         state: At nimg 0.
@@ -42,12 +61,11 @@ def start_from(state: TrainState, source: str, offline: bool = False) -> None:
         offline: As there.
     """
     assert state.nimg == 0, 'the run has begun'
-    with open_network(source, offline) as file:
-        same_classes = file.info.config.label_dim == state.config.network.label_dim
-        with torch.no_grad():
-            for name, tensor in state.net.state_dict().items():
-                if same_classes or name != LABEL_WEIGHT:
-                    tensor.copy_(file.get(name))
+    with open_network(source, offline) as file, torch.no_grad():
+        anew = misfits(file, state.net)
+        for name, tensor in state.net.state_dict().items():
+            if name not in anew:
+                tensor.copy_(file.get(name))
     state.begin_averages()
-    note = '' if same_classes else '; the classes differ, their embedding begins anew'
+    note = f'; what does not fit begins anew: {", ".join(anew)}' if anew else ''
     distributed.print0(f'starting from the weights of {source}{note}')
