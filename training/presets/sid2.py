@@ -29,7 +29,7 @@ def _imagenet(
         bias: Of the sigmoid loss.
         interval: Lower end of the guidance interval, as logSNR; the upper one is 5 for all.
         steps: Of training.
-        result: FID-50K with guidance as here.
+        result: FID-50K with guidance.
         levels: Coarsest ones of four.
     """
     architecture = UViTConfig(
@@ -54,15 +54,16 @@ def _imagenet(
             steps=512,
             sampler=Ancestral(),
             disc=schedule,
-            guidance=2.0,  # the paper's 1.0, which counts from no guidance
             guidance_interval=(math.exp(-5 / 2), math.exp(-interval / 2)),
         ),
         result=result,
     )
 
 
-# One row for a model. The paper's best bias at 128 is not that of its settings. It has nothing at 64: bias and interval
-# go on as they do from 512 to 128. A model at 512 can begin with the weights of one at 256 of the same patch (--init).
+# One row for a model. The FIDs are with the paper's guidance of 1.0, which counts from none: --gnet=self --guidance=2,
+# in the interval that the network's file carries. The paper's best bias at 128 is not that of its settings. It has
+# nothing at 64: bias and interval go on as they do from 512 to 128. A model at 512 can begin with the weights of one at
+# 256 of the same patch (--init).
 #     torchrun --nnodes=16 --nproc_per_node=8 train.py --preset=sid2-img512-fh --data=imagenet512.zip --outdir=runs/NAME
 PRESETS: dict[str, TrainConfig] = {
     'sid2-img64-small': _imagenet(64, 1, 2.0, 1.5, 1_000_000),
