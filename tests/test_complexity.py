@@ -169,7 +169,9 @@ def test_documented_tables_are_what_the_script_prints(tables, run_script):
 def test_results_of_presets_are_those_of_the_tables():
     checked = 0
     for row in (row for table in TABLES for row in table.rows if len(row.presets) == 1 and 'baseline' not in row.label):
+        if not row.fid:
+            continue
         result = get_preset(row.presets[0]).result
         assert result.startswith(f'FID {row.fid}'), row
         checked += 1
-    assert checked == 8 + 5 + 7
+    assert checked == 8 + 5 + 7 + 5
