@@ -22,10 +22,11 @@ from sampling.config import SamplerConfig
 from sampling.pipeline import generate
 from torch_utils import distributed
 from training.config import KIMG, TrainConfig
-from training.cost import plan
+from training.cost import device_memory, fitting_micro_batch, format_bytes, memory, plan
 from training.initial import check_initial
 from training.loop import Measure, Preview, train
 from training.monitor.board import require_tensorboard
+from training.monitor.log import RunLog
 from training.presets.table import PRESETS, get_preset, make_config
 
 PREVIEW_STEPS = 18  # of sample grids
@@ -53,6 +54,10 @@ main_group, recipe, execution, output = (
 @recipe('--duration', type=cli.NIMG, help='Length of the run, such as 8Mi.')
 @recipe('--batch', type=cli.NIMG, help='Images in a step, over all ranks.')
 @recipe('--channels', type=int, metavar='INT', help='Width of the first level of the network.')
+@recipe('--channel-mult', type=cli.INTS, help='Width of each level relative to the first, such as 1,2,3,4.')
+@recipe('--num-blocks', type=int, metavar='INT', help='Blocks per level.')
+@recipe('--attn-resolutions', type=cli.INTS, help='Levels with attention, by the shorter side, such as 16,8.')
+@recipe('--channels-per-head', type=int, metavar='INT', help='Width of an attention head.')
 @recipe('--dropout', type=float, metavar='FLOAT', help='Share of features dropped.')
 @recipe('--P_mean', 'P_mean', type=float, metavar='FLOAT', help='Mean of ln(sigma).')
 @recipe('--P_std', 'P_std', type=float, metavar='FLOAT', help='Standard deviation of ln(sigma).')
@@ -69,7 +74,9 @@ main_group, recipe, execution, output = (
 @recipe('--set', 'settings', multiple=True, metavar='FIELD=VALUE', help='Any field of the config that --dry-run shows, '
         'such as optimizer.eps=1e-12 or network.architecture=NAME.')  # fmt: skip
 @recipe('--seed', type=int, metavar='INT', help='Of weights, data order and noise.')
-@execution('--batch-gpu', 'micro_batch', type=cli.NIMG, help='Images that one rank processes at once.')
+@execution(
+    '--batch-gpu', 'micro_batch', type=cli.NIMG, help='Images that one rank processes at once; by default what fits.'
+)
 @execution('--precision', type=str, metavar='fp32|bf16|fp16', help='Of the features.')
 @execution('--ls', 'loss_scaling', type=float, metavar='FLOAT', help='Factor on the loss, against underflow in FP16.')
 @execution('--compile/--no-compile', default=None, help='Compile the network.')
@@ -119,9 +126,9 @@ def main(
         world_size = ranks or int(os.environ.get('WORLD_SIZE', '1'))
         config, _ = resolve(preset, data, cond, overrides, world_size, offline)
         click.echo(json.dumps(config.to_json(), indent=2))
-        click.echo('\n' + '\n'.join(f'{name:<20}{value}' for name, value in plan(config, world_size)))
+        click.echo('\n' + '\n'.join(f'{name:<28}{value}' for name, value in plan(config, world_size)))
         if get_preset(preset).result:
-            click.echo(f'{"the paper reports":<20}{get_preset(preset).result}')
+            click.echo(f'{"the paper reports":<28}{get_preset(preset).result}')
         return
     get_preset(preset)
     missing = [f"Missing option '--{name}'" for name, v in (('data', data), ('outdir', outdir)) if v is None]
@@ -136,6 +143,7 @@ def main(
     with StopSignals(last=True) as signals, distributed.session(device) as chosen:
         measure = make_measure(config, chosen, metrics.split(','), ref, metric_seeds, vae) if metrics else None
         folder = make_folder(outdir)
+        config = with_micro_batch(config, folder, chosen)
         train(
             config,
             dataset,
@@ -167,6 +175,29 @@ def resolve(
     if config.init:
         check_initial(config.init, config.network, offline)
     return config, dataset
+
+
+def with_micro_batch(config: TrainConfig, folder: Path, device: torch.device) -> TrainConfig:
+    """The config with a micro-batch, where none was asked for: that of a run to be resumed, else the largest that fits.
+
+    Every rank calls it; all get that of the smallest device.
+    """
+    world_size = distributed.world_size()
+    share, earlier = config.batch // world_size, folder / 'config.json'
+    if config.micro_batch is not None:
+        return config
+    if earlier.exists():
+        micro = json.loads(earlier.read_text(encoding='utf-8')).get('micro_batch')
+        return config if micro is None or share % micro else dataclasses.replace(config, micro_batch=micro)
+    sizes, available = memory(config, world_size), device_memory(device)
+    fitting = fitting_micro_batch(config, world_size, available, sizes)
+    micro = min(map(int, distributed.gather_text(str(fitting))))
+    if micro == share:
+        return config
+    RunLog(folder if distributed.rank() == 0 else None).say(
+        f'--batch-gpu={micro}: of the {share} images of a step, as many at once as fit in {format_bytes(available)}'
+    )
+    return dataclasses.replace(config, micro_batch=micro)
 
 
 def make_measure(

@@ -1,9 +1,11 @@
 """What a run tells: losses by noise level, magnitudes, held-out images, times, pictures, what it will cost."""
 
+import itertools
 import json
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,19 +15,22 @@ from dataset.reader import ImageDataset
 from diffusion.levels import LogNormal
 from dnnlib.configs import replaced
 from dnnlib.errors import UserError
+from dnnlib.files import write_json
 from dnnlib.jsonl import append_record, cut_records, read_records
-from networks.complexity import complexity, saved_bytes
+from networks.complexity import saved_bytes
 from networks.denoiser import Denoiser
 from networks.encoders import encode_pixels
 from tests.helpers import edm2_network, needs_compiler
-from training.cost import format_bytes, memory, plan
+from train import with_micro_batch
+from training.cost import fitting_micro_batch, format_bytes, memory, plan
 from training.heldout import held_out_loss, split
 from training.inputs import training_draws
+from training.loop import train
 from training.methods.denoising import DenoisingConfig, DenoisingLoss
 from training.monitor.log import RunLog, read_stats
 from training.monitor.magnitudes import magnitudes, mean_and_max
 from training.monitor.step_stats import BINS, LossSums, PendingStats, StepStats, noise_edges, reduced, summarize
-from training.monitor.timing import PhaseTimer
+from training.monitor.timing import Growing, PhaseTimer
 from training.order import BatchOrder
 from training.presets.table import make_config
 
@@ -275,7 +280,8 @@ def test_plan_of_a_published_run():
     rows = dict(plan(make_config('edm2plus-img64-xl', {'micro_batch': 32, 'precision': 'fp16'}).check(32), 32))
     assert rows['parameters'] == '613.55 M' and rows['one forward pass'].startswith('198.88 GFLOPs')
     assert rows['steps'] == '327680 of 2048 images'
-    assert rows['ranks'] == '32: 64 images each per step, 32 at once'
+    assert rows['ranks'] == '32: 64 images each per step'
+    assert 'with --batch-gpu=32' in rows['memory of one GPU']
     assert rows['snapshots'] == '80 times 2, 1.1 GiB each, 182.9 GiB together'
     assert rows['states'] == '5, of which 2 stay, 11.4 GiB each, 22.9 GiB together'
 
@@ -293,11 +299,11 @@ def test_planned_files_are_what_a_run_writes(config, finished):
 def test_planned_memory_is_what_autograd_keeps(tiny_config):
     """The estimate against a real training pass: parameters x copies, weights once, activations per image."""
     config = make_config('edm2plus-digits', {'ema_stds': (0.05, 0.1, 0.2)})
-    parts = memory(config, 1, complexity(config.network).parameters)
+    parts = memory(config, 1)
     numbers = sum(p.numel() for p in Denoiser(config.network).parameters())
     assert parts['parameters, gradients, optimizer, EMAs'] == 4 * numbers * 7
-    assert memory(config, 2, numbers)['parameters, gradients, optimizer, EMAs'] == 4 * numbers * 8
-    assert parts['activations'] == 64 * saved_bytes(config.network)
+    assert memory(config, 2)['parameters, gradients, optimizer, EMAs'] == 4 * numbers * 8
+    assert parts['activations'] == saved_bytes(config.network)
     net = Denoiser(config.network).train()
     kept = {}
 
@@ -309,8 +315,56 @@ def test_planned_memory_is_what_autograd_keeps(tiny_config):
         output = net(torch.zeros(64, 1, 8, 8), torch.ones(64), torch.zeros(64, 10))
     given = {t.untyped_storage()._cdata for t in [*net.parameters(), *net.buffers()]}
     total = sum(storage.nbytes() for key, storage in kept.items() if key not in given)
-    assert parts['activations'] + parts['normalized weights'] == pytest.approx(total, rel=0.05)  # attention differs
+    assert 64 * parts['activations'] + parts['normalized weights'] == pytest.approx(
+        total, rel=0.05
+    )  # attention differs
     assert output.requires_grad
+
+
+def test_micro_batch_is_what_fits(config):
+    sizes = {'weights': 1000, 'activations': 10}
+    cases = {10**6: 256, 4450: 256, 4449: 128, 2530: 64, 1000: 1}  # 0.8 of it, less 1000, in portions of 10
+    for available, expected in cases.items():
+        assert fitting_micro_batch(config, 1, available, sizes) == expected
+    assert fitting_micro_batch(replace(config, batch=96), 1, 1750, sizes) == 32
+    assert fitting_micro_batch(config, 4, 10**6, sizes) == 64
+
+
+def test_plan_proposes_a_micro_batch():
+    rows = dict(plan(make_config('edm2plus-img64-xs', {'batch': 256}).check(), 1))
+    proposed = [int(rows[f'memory of one GPU, {size} GiB'].split('--batch-gpu=')[1].split()[0]) for size in (24, 80)]
+    assert proposed == [16, 64], 'of 0.57 GiB for each image'
+
+
+def test_micro_batch_of_a_run_that_was_begun_stays(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('train.device_memory', lambda device: 2**24)
+    chosen = with_micro_batch(config, tmp_path, torch.device('cpu'))
+    assert 1 <= chosen.micro_batch < 256 and f'--batch-gpu={chosen.micro_batch}: ' in capsys.readouterr().out
+    write_json(tmp_path / 'config.json', chosen.to_json())
+    monkeypatch.setattr('train.device_memory', lambda device: 2**40)
+    assert with_micro_batch(config, tmp_path, torch.device('cpu')) == chosen
+    asked = replace(config, micro_batch=128)
+    assert with_micro_batch(asked, tmp_path, torch.device('cpu')) == asked
+    assert with_micro_batch(config, tmp_path / 'other', torch.device('cpu')).micro_batch is None
+
+
+def test_pictures_come_early_and_at_every_stop(config, tmp_path, monkeypatch):
+    minutes = itertools.count()
+    monkeypatch.setattr('training.monitor.timing.time', SimpleNamespace(monotonic=lambda: 60.0 * next(minutes)))
+    growing, seen = Growing(), []
+    assert [minute for minute in range(1, 20) if growing.due()] == [1, 2, 4, 8, 16]
+    monkeypatch.undo()
+    config = replace(config, slice=768, checkpoint=2048, snapshot=2048, preview=2048)
+    for _ in range(3):
+        train(
+            config,
+            ImageDataset(config.data),
+            tmp_path,
+            torch.device('cpu'),
+            preview=lambda net, nimg: seen.append(nimg),
+        )
+        assert (tmp_path / 'loss.png').exists()
+    assert seen == [768, 1536, 2048]
 
 
 def test_bytes_for_people():
@@ -330,9 +384,10 @@ def test_dry_run_needs_no_data(run_script, tmp_path):
     for part in (
         '153.97 M',
         '50.41 GFLOPs',
-        '8: 256 images each per step, 64 at once',
+        '8: 256 images each per step',
         'FID 1.58',
         'memory of one GPU',
+        'with --batch-gpu=64',
     ):
         assert part in text
     assert not list(tmp_path.iterdir())

@@ -27,7 +27,7 @@ from training.monitor.log import RunLog
 from training.monitor.magnitudes import Magnitudes, magnitudes
 from training.monitor.plots import plot_loss
 from training.monitor.status import Progress
-from training.monitor.timing import PhaseTimer
+from training.monitor.timing import Growing, PhaseTimer
 from training.order import BatchOrder, make_loader
 from training.state import TrainState, remove_leftovers, state_files
 from training.step import Stepper
@@ -60,7 +60,7 @@ def train(
         dataset: Its images.
         folder: Run folder; a run in it is resumed from the newest state.
         device: Of this rank.
-        preview: Called on rank 0 at intervals with the shortest EMA.
+        preview: Called on rank 0 with the shortest EMA: after 1, 2, 4, ... minutes, at intervals, and at every stop.
         measure: Called on every rank with every EMA at snapshots.
         allow_rounding: Whether a resumed run may change what alters its rounding.
         tensorboard: Whether to write for TensorBoard too.
@@ -103,6 +103,7 @@ def train(
                 routine(last=stopping or state.nimg >= end)
             writer.wait()
             if state.nimg < config.duration:
+                routine.draw()  # the state is safe by now
                 reason = f'by {signals.received or "another rank"}' if stopping else 'as told'
                 progress.say(f'stopped {reason} at {state.nimg} images; the same command resumes')
         distributed.barrier()  # the others wait for rank 0's files, and take signals meanwhile
@@ -121,6 +122,7 @@ class Routine:
     timer: PhaseTimer
     preview: Preview | None
     measure: Measure | None
+    early: Growing = dataclasses.field(default_factory=Growing)  # pictures come before their first interval
 
     def __call__(self, last: bool) -> None:
         """Do what is due; every rank calls it after every step.
@@ -139,16 +141,23 @@ class Routine:
         with self.timer.phase('measuring'):
             if self._due(config.snapshot) and (self.held_out or self.measure):
                 self._measure_averages()
-            if lead and self._due(config.preview):
-                plot_loss(self.folder)
-                if self.preview:
-                    self.progress.add_picture(self.preview(state.averaged_net(min(config.ema.stds)), state.nimg))
+            if self.early.due() or self._due(config.preview):
+                self.draw()
         # Last: where there is a state, all that was due before it has been done.
         if self._due(config.checkpoint) or last:
             state.stats.collect()
             if lead:
                 with self.timer.phase('saving'):
                     self.writer.submit(state.saving(self.folder))
+
+    def draw(self) -> None:
+        """Draw the loss and samples of the shortest EMA, on rank 0."""
+        if distributed.rank() != 0:
+            return
+        plot_loss(self.folder)
+        if self.preview:
+            net = self.state.averaged_net(min(self.state.config.ema.stds))
+            self.progress.add_picture(self.preview(net, self.state.nimg))
 
     def _due(self, interval: int) -> bool:
         return self.state.nimg % interval == 0 or self.state.nimg >= self.state.config.duration

@@ -86,8 +86,9 @@ class EDM2Config:
         for level, (height, width, channels) in enumerate(levels):
             lowest = level == len(levels) - 1  # its in0 block always has attention
             if (lowest or self.has_attention(height, width)) and channels % self.channels_per_head:
+                near = max(n for n in range(1, self.channels_per_head + 1) if channels % n == 0)
                 found.append(
-                    f'the attention at {height}x{width} has {channels} channels, '
-                    f'which heads of {self.channels_per_head} do not divide'
+                    f'the attention at {height}x{width} has {channels} channels, which heads of '
+                    f'{self.channels_per_head} do not divide (try channels_per_head {near})'
                 )
         return found

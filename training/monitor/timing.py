@@ -10,6 +10,21 @@ import torch
 HOST_PHASES = ('data', 'saving', 'measuring')  # what the host does while the device may still be busy with steps before
 
 
+class Growing:
+    """Tells when one minute has passed since it was made, then two, four, and so on."""
+
+    def __init__(self) -> None:
+        self.began, self.next = time.monotonic(), 60.0
+
+    def due(self) -> bool:
+        """Whether the next of these times has come; then the one after it is twice the time that has passed."""
+        passed = time.monotonic() - self.began
+        if passed < self.next:
+            return False
+        self.next = 2 * passed
+        return True
+
+
 class PhaseTimer:
     """Seconds spent in each phase.
 
