@@ -111,11 +111,7 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
 
 
 def check_guidance(flags: dict[str, Any], weight: float) -> None:
-    """Refuse what asks for guidance and would get none; `--gnet=FILE --guidance=1` says that it wants none.
-
-    Raises:
-        UserError: naming the option that is missing.
-    """
+    """Refuse what asks for guidance and would get none; `--gnet=FILE --guidance=1` says that it wants none."""
     if weight == 1 and flags['guidance'] is None and flags['gnet_path'] is not None:
         raise UserError('--gnet guides nothing without its weight: give --guidance=W too')
     if weight == 1 and flags['guidance'] is None and flags['guidance_interval'] is not None:
@@ -123,21 +119,13 @@ def check_guidance(flags: dict[str, Any], weight: float) -> None:
 
 
 def check_film(film: Path, folder: Path) -> None:
-    """Keep the trajectory out of the folder of images, whose readers would take a strip for one of them.
-
-    Raises:
-        UserError: where it is there.
-    """
+    """Keep the trajectory out of the folder of images, whose readers would take a strip for one of them."""
     if folder.resolve() in film.resolve().parents:
         raise UserError(f'--trajectory={film} must lie outside of {folder}, which holds nothing but images')
 
 
 def prepare_together(folder: Path, record: dict[str, Any], skip_existing: bool, overwrite: bool) -> None:
-    """`prepare` on rank 0 while the others wait; a refusal is raised on all of them, so that none waits forever.
-
-    Raises:
-        UserError: as `prepare`.
-    """
+    """`prepare` on rank 0 while the others wait; a refusal is raised on all of them, so that none waits forever."""
     refusal = ''
     if distributed.rank() == 0:
         try:
@@ -188,11 +176,7 @@ def load(
     compiled,
     offline,
 ) -> Job:
-    """Load the networks, check that all fits together, and describe it.
-
-    Raises:
-        UserError: where it does not.
-    """
+    """Load the networks, check that all fits together, and describe it."""
     net, info = load_network(net_path, device, precision, offline)
     guiding_net, guiding_info = net, info
     if gnet_path != SELF:
@@ -231,11 +215,7 @@ def describe(path: str, info: NetworkInfo) -> dict[str, Any]:
 
 
 def check_encoders(info: NetworkInfo, guiding_info: NetworkInfo | None) -> None:
-    """Check that the networks' outputs can be made pictures of.
-
-    Raises:
-        UserError: where they cannot.
-    """
+    """Check that the networks' outputs can be made pictures of."""
     if guiding_info is not None and guiding_info.encoder != info.encoder:
         raise UserError(f'the guiding network is of encoder {guiding_info.encoder}, the main network {info.encoder}')
     if info.encoder == 'rgb' and info.config.img_channels not in (1, 3):

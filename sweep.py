@@ -95,11 +95,7 @@ def _memory(gib: float | None) -> float:
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write what all rows share, or make sure that it is what it was.
-
-    Raises:
-        UserError: where it is not, with a line for each difference.
-    """
+    """Write what all rows share, or make sure that it is what it was."""
     if path.exists():
         old = json.loads(path.read_text(encoding='utf-8'))
         found = differences(old, json.loads(json.dumps(settings)), {'versions'})

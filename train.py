@@ -160,11 +160,7 @@ def main(
 def resolve(
     preset: str, data: str | None, cond: bool, overrides: dict, world_size: int, offline: bool
 ) -> tuple[TrainConfig, ImageDataset | None]:
-    """The config of a run, checked, and its dataset; without data, for those that the preset is made for, and None.
-
-    Raises:
-        UserError: with all problems.
-    """
+    """The config of a run, checked, and its dataset; without data, for those that the preset is made for, and None."""
     expected = get_preset(preset).network.image_shape
     dataset = open_dataset(data, cond)[0] if data else None
     if dataset and dataset.image_shape != expected:
@@ -203,11 +199,7 @@ def with_micro_batch(config: TrainConfig, folder: Path, device: torch.device) ->
 def make_measure(
     config: TrainConfig, device: torch.device, metrics: list[str], ref: str | None, seeds: list[int], vae: str | None
 ) -> Measure:
-    """What computes the metrics of a network in training.
-
-    Raises:
-        UserError: where a metric is unknown, or the reference or the VAE cannot be used.
-    """
+    """What computes the metrics of a network in training."""
     if ref is None and config.encoder != 'rgb':
         raise UserError('the training data are latents; give --ref, a reference made of the images')
     encoder = load_encoder(config.encoder, device, vae)

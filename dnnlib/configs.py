@@ -55,9 +55,6 @@ def from_json(cls: type, values: Any, where: str = '') -> Any:
         cls: The dataclass.
         values: Plain values, perhaps from a file that nobody vouches for.
         where: What the names of fields are prefixed with in messages.
-
-    Raises:
-        UserError: with all fields that are unknown, missing or of another type.
     """
     if not isinstance(values, dict):
         raise UserError(f'{where or "the config"} must be an object with named fields, not {quoted(values)}')
@@ -139,9 +136,6 @@ def replaced(config: Any, changes: Mapping[str, Any]) -> Any:
     """A config with fields changed, by dotted name: `{'optimizer.lr': 0.01, 'network.architecture.dropout': 0.1}`.
 
     A tagged field may also be given by the name of its class, which then has its defaults.
-
-    Raises:
-        UserError: with all names that there are not, and all values of another type.
     """
     found = []
     for path, value in changes.items():

@@ -38,11 +38,7 @@ class Sweep:
     def make(
         cls, snapshots: list[Snapshot], stds: Sequence[float], times: Sequence[int] | None, guidance: Sequence[float]
     ) -> 'Sweep':
-        """Solve for everything; see `Plan.make` for the arguments.
-
-        Raises:
-            UserError: where a length or a time cannot be had.
-        """
+        """Solve for everything; see `Plan.make` for the arguments."""
         wanted = [Wanted.of_length(std) for std in stds]
         plans = [Plan.make(snapshots, wanted, nimg) for nimg in (times or [None])]
         return cls(snapshots, plans, list(dict.fromkeys(guidance)))

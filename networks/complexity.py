@@ -166,11 +166,7 @@ class Complexity:
 
 
 def complexity(config: NetworkConfig, precision: str = 'fp32') -> Complexity:
-    """Count what a network costs, without allocating it.
-
-    Raises:
-        UserError: where the config cannot be built.
-    """
+    """Count what a network costs, without allocating it."""
     net, inputs = _without_weights(config, precision)
     counter = _Counter([*net.parameters(), *net.buffers()])
     hooks = [module.register_forward_pre_hook(_enter(counter, name)) for name, module in net.unet.stages()]
@@ -207,11 +203,7 @@ def _without_weights(config: NetworkConfig, precision: str) -> tuple[Denoiser, t
 
 
 def saved_bytes(config: NetworkConfig, precision: str = 'fp32') -> int:
-    """Bytes of activations that a training pass keeps per image for its gradients, each memory once.
-
-    Raises:
-        UserError: where the config cannot be built.
-    """
+    """Bytes of activations that a training pass keeps per image for its gradients, each memory once."""
     return kept_for_gradients(config, precision)[0]
 
 
@@ -220,9 +212,6 @@ def kept_for_gradients(config: NetworkConfig, precision: str = 'fp32') -> tuple[
 
     Returns:
         Of activations, per image, and of what is computed from the weights alone, whatever the batch.
-
-    Raises:
-        UserError: where the config cannot be built.
     """
     net, inputs = _without_weights(config, precision)
     saved: dict[int, torch.UntypedStorage] = {}

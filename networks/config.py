@@ -60,11 +60,7 @@ class NetworkConfig:
         return found or [*self.preconditioning.problems(), *self.architecture.problems(self.interface)]
 
     def check(self) -> 'NetworkConfig':
-        """Return self.
-
-        Raises:
-            UserError: with all problems, if there are any.
-        """
+        """Return self."""
         if found := self.problems():
             raise UserError(found)
         return self
@@ -75,11 +71,7 @@ class NetworkConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> 'NetworkConfig':
-        """Rebuild a config that `to_json` wrote, now or when EDM2 was the only family, and check it.
-
-        Raises:
-            UserError: for unknown, missing or impossible fields.
-        """
+        """Rebuild a config that `to_json` wrote, now or when EDM2 was the only family, and check it."""
         if isinstance(values, dict) and 'architecture' not in values:
             values = _edm2_alone(values)
         return from_json(cls, values).check()

@@ -62,10 +62,6 @@ def convert(
             float32, as in all our files.
         plain: Whether to write the tensors alone, without what rebuilds the network.
         offline: See `dnnlib.download`.
-
-    Raises:
-        UserError: where the source is no network, its tensors do not fit its config, or `dest` has another ending.
-        OSError: where a file cannot be read or written.
     """
     if Path(dest).suffix != SUFFIX:
         raise UserError(f'{dest} must end in {SUFFIX}')

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from dnnlib.configs import tag_of
-from dnnlib.errors import UserError, unknown_choice
+from dnnlib.errors import choose
 from networks.config import NetworkConfig
 from networks.edm2.magnitude import MPConv, MPFourier
 from networks.families import ARCHITECTURES, FAMILIES
@@ -20,15 +20,11 @@ class Denoiser(nn.Module):
         seed: Of the initial weights.
         precision: Of F's features: `fp32`, `bf16` or `fp16`. Weights, embedding and the final combination are float32
             always.
-
-    Raises:
-        UserError: where the config cannot be built or the precision is unknown.
     """
 
     def __init__(self, config: NetworkConfig, seed: int = 0, precision: str = 'fp32'):
         super().__init__()
-        if precision not in PRECISIONS:
-            raise UserError(unknown_choice('precision', precision, PRECISIONS))
+        choose('precision', precision, PRECISIONS)
         self.config = config.check()
         self.precision = precision
         family = FAMILIES[tag_of(config.architecture, ARCHITECTURES)]

@@ -111,9 +111,6 @@ class StabilityVAEEncoder:
             path: Folder with config.json and diffusion_pytorch_model.safetensors, or a name on the model hub;
                 None is DEFAULT_VAE.
             device: Where to put it.
-
-        Raises:
-            UserError: where diffusers is not installed or there is no such VAE.
         """
         return cls(_load_vae(os.fspath(path) if path else DEFAULT_VAE).to(device).eval().requires_grad_(False))
 
@@ -147,9 +144,6 @@ def load_encoder(name: str, device: torch.device | str = 'cpu', vae: str | os.Pa
         name: `rgb` or `stabilityvae`.
         device: Where a VAE goes.
         vae: Folder of a VAE, for machines without a network; None is DEFAULT_VAE.
-
-    Raises:
-        UserError: where the name is unknown, or the VAE cannot be loaded.
     """
     if name not in ENCODERS:
         raise UserError(unknown_choice('encoder', name, ENCODERS))

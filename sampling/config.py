@@ -54,11 +54,7 @@ class SamplerConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> 'SamplerConfig':
-        """Rebuild a config that `to_json` wrote.
-
-        Raises:
-            UserError: for unknown, missing or impossible fields.
-        """
+        """Rebuild a config that `to_json` wrote."""
         return from_json(cls, values).check()
 
     def problems(self) -> list[str]:
@@ -72,11 +68,7 @@ class SamplerConfig:
         return [*found, *self.disc.problems(), *self.sampler.problems()]
 
     def check(self) -> 'SamplerConfig':
-        """Return self.
-
-        Raises:
-            UserError: with all problems, if there are any.
-        """
+        """Return self."""
         if found := self.problems():
             raise UserError(found)
         return self

@@ -61,9 +61,6 @@ def sampler_config(
         flags: By name, as `take_sampler_flags` took them.
         guidance: Its weight, which each script asks for in its own way; None for what the file says.
         own: Settings in the network file, or a config.
-
-    Raises:
-        UserError: with all problems.
     """
     config = own if isinstance(own, SamplerConfig) else SamplerConfig.from_json(own or {})
     given = {name: value for name, value in flags.items() if value is not None}

@@ -47,9 +47,6 @@ def prepare(folder: Path, record: dict[str, Any], skip_existing: bool = False, o
         record: What generation.json shall say; SETTINGS, `seeds`, `subdirs` and `format` of it are used here.
         skip_existing: Images may be there, and stay.
         overwrite: Images of other settings may be there; those that the earlier record names are removed.
-
-    Raises:
-        UserError: where the folder holds images that are not of these seeds, or were made in another way.
     """
     if skip_existing and overwrite:
         raise UserError('--skip-existing keeps the images that are there, --overwrite does not: give one of them')
@@ -157,11 +154,7 @@ class ImageWriter:
         self._threads = torch.get_num_threads()
 
     def put(self, samples: Samples) -> None:
-        """Have samples written; waits while PENDING batches are.
-
-        Raises:
-            OSError: naming the file, where one of these or of earlier ones could not be written.
-        """
+        """Have samples written; waits while PENDING batches are."""
         self._pending.append(self._thread.submit(self._write, samples))
         while len(self._pending) > PENDING:
             self._pending.pop(0).result()

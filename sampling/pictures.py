@@ -32,11 +32,7 @@ def draw_grid(path: Path, folder: Path, names: list[str], layout: tuple[int, int
 
 
 def check_trajectory(path: Path) -> None:
-    """Refuse a name of another kind of picture than there is.
-
-    Raises:
-        UserError: naming the two kinds.
-    """
+    """Refuse a name of another kind of picture than there is."""
     if path.suffix not in (MOVING, STRIP):
         raise UserError(f'--trajectory={path} must end in {MOVING} (moving) or {STRIP} (a strip for each image)')
 

@@ -35,7 +35,7 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class GeneratedImages:
     """Some generated images.
 
     Args:
@@ -98,9 +98,6 @@ def sample(
 
     Yields:
         Samples in the order of the seeds.
-
-    Raises:
-        UserError: where these do not fit each other, or x is not finite (features that overflow in 16 bits).
     """
     config = config.check()
     check_fit(net, guiding_net, config, classes)
@@ -118,7 +115,7 @@ def generate(
     classes: Sequence[int] | None = None,
     batch_size: int = 64,
     encoder: Encoder | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[GeneratedImages]:
     """Generate one image per seed.
 
     Args:
@@ -127,12 +124,9 @@ def generate(
 
     Yields:
         Batches in the order of the seeds.
-
-    Raises:
-        UserError: as `sample`.
     """
     for samples in sample(net, seeds, config, guiding_net, classes, batch_size):
-        yield Batch(samples.seeds, samples.labels, decode(samples.x, encoder))
+        yield GeneratedImages(samples.seeds, samples.labels, decode(samples.x, encoder))
 
 
 def decode(x: torch.Tensor, encoder: Encoder | None = None) -> torch.Tensor:
@@ -243,11 +237,7 @@ def choose_labels(
 def check_fit(
     net: Denoiser, guiding_net: Denoiser | None, config: SamplerConfig, classes: Sequence[int] | None
 ) -> None:
-    """Check that the classes exist and that the networks go together.
-
-    Raises:
-        UserError: with all problems, if there are any.
-    """
+    """Check that the classes exist and that the networks go together."""
     found, label_dim = [], net.config.label_dim
     if config.guidance != 1 and guiding_net is None:
         found.append('guidance other than 1 needs a guiding network: --gnet=FILE, or --gnet=self to drop the labels')

@@ -19,9 +19,6 @@ def init(device: str | None = None) -> torch.device:
 
     Returns:
         The device that this rank shall use.
-
-    Raises:
-        UserError: where there is no such device.
     """
     local_rank = int(os.environ.get('LOCAL_RANK', '0'))
     name = device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -56,9 +53,6 @@ def session(device: str | None = None) -> Iterator[torch.device]:
 
     Where the block raises, the group is left as it is: taking leave would wait for ranks that wait for this one, and
     they would end, with an error that hides this one's, before it is told. They end when this process does.
-
-    Raises:
-        UserError: where there is no such device.
     """
     yield init(device)
     close()

@@ -161,11 +161,7 @@ class PickleReader(pickle._Unpickler):
 
 
 def to_array(value: Any) -> np.ndarray:
-    """The array of numbers, or scalar (an array of no dimensions), that a `Call` stands for, with memory of its own.
-
-    Raises:
-        UserError: where it stands for something else.
-    """
+    """The array of numbers, or scalar (an array of no dimensions), that a `Call` stands for, with memory of its own."""
     try:
         kind = value.name.rpartition('.')[2]
         if kind == '_reconstruct' and value.args[0] == 'numpy.ndarray':

@@ -148,11 +148,7 @@ class TrainConfig:
         return math.prod(self.network.image_shape)
 
     def check(self, world_size: int = 1) -> 'TrainConfig':
-        """Return self.
-
-        Raises:
-            UserError: with all problems, if there are any.
-        """
+        """Return self."""
         if found := [*self.network.problems(), *self._problems(), *self._batch_problems(world_size)]:
             raise UserError(found)
         return self
@@ -227,9 +223,6 @@ def refuse_differences(folder: Path, old: dict[str, Any], config: TrainConfig, a
         old: What lies there; fields that it lacks, being older than they are, had their defaults.
         config: Of this run.
         allow_rounding: Whether fields that change the rounding alone may differ.
-
-    Raises:
-        UserError: with a line for each difference.
     """
     if 'optimizer' not in old:
         raise UserError(f'{folder} holds a run of an older version; commit {LAST_OF_EDM2_ALONE} can resume it')

@@ -32,9 +32,6 @@ def split(dataset: ImageDataset, share: float, seed: int) -> tuple[Subset | Imag
     """Training images and held-out ones; without a share, all images and None.
 
     A share rounds to at least one image, drawn at random by the seed. The order of the training images is kept.
-
-    Raises:
-        UserError: where no image would be left to train on.
     """
     if not share:
         return dataset, None

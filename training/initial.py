@@ -22,10 +22,6 @@ def check_initial(source: str, config: NetworkConfig, offline: bool = False) -> 
         config: Of the network that is to be trained. Its classes, augmentation and dropout may be others than the
             file's; so may its resolution, if its weights do not depend on it.
         offline: Only look for a URL in the download cache.
-
-    Raises:
-        UserError: with a line for each difference, or where it is no network file.
-        OSError: where it cannot be read.
     """
     with open_network(source, offline) as file:
         if found := differences(file.info.config.to_json(), config.to_json(), MAY_DIFFER):

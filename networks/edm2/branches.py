@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from dnnlib.errors import UserError, unknown_choice
-
 SILU = 'silu'  # MP-SiLU
 MODULATE = 'modulate'  # multiply channel-wise by the embedding
 DECODER_ONLY = 'decoder:'  # prefix of a step that encoder blocks leave out
@@ -90,14 +88,3 @@ BRANCHES: dict[str, Branch] = {
     'G': _G,
     'G*': _Gstar,
 }
-
-
-def get_branch(name: str) -> Branch:
-    """Look a residual branch up by its letter in the paper.
-
-    Raises:
-        UserError: where there is none of that name.
-    """
-    if name not in BRANCHES:
-        raise UserError(unknown_choice('block', name, BRANCHES))
-    return BRANCHES[name]

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from dnnlib.errors import choose
 from networks.dropout import Dropout
-from networks.edm2.branches import LAYERS, MODULATE, SILU, get_branch
+from networks.edm2.branches import BRANCHES, LAYERS, MODULATE, SILU
 from networks.edm2.config import EDM2Config
 from networks.edm2.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
 from networks.interface import Interface
@@ -53,7 +54,7 @@ class Block(nn.Module):
         attention: bool = False,
     ):
         super().__init__()
-        branch = get_branch(config.block)
+        branch = choose('block', config.block, BRANCHES)
         self.flavor = flavor
         self.resample_mode = resample_mode
         self.dropout = Dropout(config.dropout)

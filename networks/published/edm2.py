@@ -47,9 +47,6 @@ def describe(net: PublishedObject, content: dict) -> tuple[NetworkConfig, str]:
     Args:
         net: The file's `Precond`.
         content: Of the file.
-
-    Raises:
-        UserError: with all that our networks cannot be, or that nobody knows.
     """
     config = rebuild_config(net.state.get('_init_args'), net.state.get('_init_kwargs'))
     return config, find_encoder(content.get('encoder'), config)
@@ -84,11 +81,7 @@ def _plain(value: Any) -> Any:
 
 
 def find_encoder(encoder: Any, config: NetworkConfig) -> str:
-    """Name of our encoder that has the numbers of the one in the file.
-
-    Raises:
-        UserError: where there is none, or its numbers are others.
-    """
+    """Name of our encoder that has the numbers of the one in the file."""
     if encoder is None and config.img_channels in (1, 3):
         return 'rgb'
     found = to_object(encoder)

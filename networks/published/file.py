@@ -27,10 +27,6 @@ class PublishedFile:
         dataset: Name of the data it was trained on, '' where the file does not say.
         encoder: A name of `networks.encoders.ENCODERS`.
         names: Names of the tensors, sorted.
-
-    Raises:
-        UserError: where it is no such file, or of a network that cannot be rebuilt exactly.
-        OSError: where it cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike):

@@ -7,7 +7,7 @@ Names, times, EMA lengths, weights and results are those that the papers of EDM2
 import dataclasses
 from collections.abc import Iterable
 
-from dnnlib.errors import UserError, unknown_choice
+from dnnlib.errors import UserError, choose
 
 BASE_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/'
 LICENCE = 'CC BY-NC-SA 4.0, NVIDIA Corporation'
@@ -137,17 +137,12 @@ def resolve_model(
         preset: Name of a published model, or None.
         net, gnet: Files or URLs that replace the model's.
         guidance: Replaces the model's weight; 1 by default where there is no model.
-
-    Raises:
-        UserError: where the model is unknown, or there is neither a model nor a network.
     """
     if preset is None:
         if not net:
             raise UserError("Missing option '--net' (a network file), or '--preset' (see --list-presets)")
         return net, gnet, 1.0 if guidance is None else guidance
-    if preset not in MODELS:
-        raise UserError(unknown_choice('preset', preset, MODELS))
-    model = MODELS[preset]
+    model = choose('preset', preset, MODELS)
     return net or model.net_url, gnet or model.gnet_url, model.guidance if guidance is None else guidance
 
 

@@ -9,11 +9,7 @@ from training.monitor.magnitudes import Magnitudes
 
 
 def require_tensorboard() -> None:
-    """Make sure that TensorBoard is there.
-
-    Raises:
-        UserError: where it is not.
-    """
+    """Make sure that TensorBoard is there."""
     if importlib.util.find_spec('tensorboard') is None:
         raise UserError('--tensorboard needs the tensorboard package: pip install tensorboard')
 

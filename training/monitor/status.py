@@ -61,11 +61,7 @@ class Progress:
             self.bar.update(self.config.batch)
 
     def report(self, magnitudes: Magnitudes | None = None) -> None:
-        """Sum up the steps since the last report over all ranks; show and store them.
-
-        Raises:
-            UserError: where too many steps in a row had gradients that are not finite.
-        """
+        """Sum up the steps since the last report over all ranks; show and store them."""
         stats = self.state.stats
         stats.collect()
         losses = summarize(stats.sums.sum(dim=0), self.config.method.levels, self.config.elements)

@@ -6,7 +6,7 @@ from typing import Any
 
 from dataset.reader import ImageDataset
 from dnnlib.configs import replaced
-from dnnlib.errors import UserError, unknown_choice
+from dnnlib.errors import choose
 from training.config import TrainConfig
 from training.presets import edm2, sid2
 
@@ -36,14 +36,8 @@ FIELDS = {
 
 
 def get_preset(name: str) -> TrainConfig:
-    """Look a preset up.
-
-    Raises:
-        UserError: where there is none of that name, naming the near ones.
-    """
-    if name not in PRESETS:
-        raise UserError(unknown_choice('preset', name, PRESETS))
-    return PRESETS[name]
+    """Look a preset up."""
+    return choose('preset', name, PRESETS)
 
 
 def make_config(
@@ -57,9 +51,6 @@ def make_config(
         dataset: What it is trained on; None for the data that the preset is made for.
         data: Its path.
         cond: Whether to use its classes.
-
-    Raises:
-        UserError: where there is no such preset or field.
     """
     config = get_preset(preset)
     network = config.network
