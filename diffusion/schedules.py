@@ -14,8 +14,10 @@ import math
 
 import torch
 
+from diffusion import noise_schedules
 from diffusion.logsnr import Cosine
 from dnnlib.configs import option
+from dnnlib.errors import UserError
 
 
 def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> torch.Tensor:
@@ -58,4 +60,86 @@ class EDM:
         return found
 
 
-DISCRETIZATIONS = {'edm': EDM, 'cosine': Cosine}
+@dataclasses.dataclass(frozen=True)
+class VP:
+    """Uniform steps in the time of the variance-preserving schedule that has this range (EDM table 1)."""
+
+    sigma_min: float = option(noise_schedules.VP().level(1e-3), 'Lowest noise level.')
+    sigma_max: float = option(noise_schedules.VP().level(1.0), 'Highest noise level.')
+    epsilon_s: float = option(1e-3, 'Time of the lowest noise level; that of the highest is 1.')
+
+    def sigmas(self, num_steps: int) -> torch.Tensor:
+        """float64 [num_steps + 1], the last one 0."""
+        schedule = noise_schedules.VP.of_range(self.sigma_min, self.sigma_max, self.epsilon_s)
+        return _then_zero(schedule.sigma(1 + _positions(num_steps) * (self.epsilon_s - 1)))
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with it, in words."""
+        found = noise_schedules.range_problems(self.sigma_min, self.sigma_max)
+        if not 0 < self.epsilon_s < 1:
+            found.append(f'epsilon_s must be between 0 and 1, not {self.epsilon_s}')
+        if not found:
+            try:
+                noise_schedules.VP.of_range(self.sigma_min, self.sigma_max, self.epsilon_s)
+            except UserError as error:
+                found = error.problems
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class VE:
+    """Noise levels that fall by a constant factor (EDM table 1)."""
+
+    sigma_min: float = option(0.02, 'Lowest noise level.')
+    sigma_max: float = option(100.0, 'Highest noise level.')
+
+    def sigmas(self, num_steps: int) -> torch.Tensor:
+        """float64 [num_steps + 1], the last one 0."""
+        factors = (self.sigma_min**2 / self.sigma_max**2) ** _positions(num_steps)
+        return _then_zero((self.sigma_max**2 * factors).sqrt())
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with it, in words."""
+        return noise_schedules.range_problems(self.sigma_min, self.sigma_max)
+
+
+@dataclasses.dataclass(frozen=True)
+class IDDPM:
+    """Uniform steps through the noise levels that iDDPM knows within a range (EDM table 1)."""
+
+    sigma_min: float = option(0.002, 'Lowest noise level.')
+    sigma_max: float = option(81.0, 'Highest noise level.')
+    C_1: float = option(0.001, 'Of the levels.')
+    C_2: float = option(0.008, 'Of the levels.')
+    M: int = option(1000, 'Number of levels, of which those in the range are used.')
+
+    def sigmas(self, num_steps: int) -> torch.Tensor:
+        """float64 [num_steps + 1], the last one 0."""
+        known = self._known()
+        return _then_zero(known[((len(known) - 1) * _positions(num_steps)).round().long()])
+
+    def _known(self) -> torch.Tensor:
+        known = torch.tensor(
+            noise_schedules.iddpm_sigmas(self.C_1, self.C_2, self.M, torch.float64), dtype=torch.float64
+        )
+        return known[(known >= self.sigma_min) & (known <= self.sigma_max)]
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with it, in words."""
+        found = noise_schedules.range_problems(self.sigma_min, self.sigma_max)
+        found += noise_schedules.iddpm_problems(self.C_1, self.C_2, self.M)
+        if not found and not len(self._known()):
+            found.append(f'iDDPM knows no noise level between {self.sigma_min} and {self.sigma_max}')
+        return found
+
+
+def _positions(num_steps: int) -> torch.Tensor:
+    """i / (N - 1) for i = 0 .. N - 1, float64; 0 alone for one step."""
+    return torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+
+
+def _then_zero(sigmas: torch.Tensor) -> torch.Tensor:
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+DISCRETIZATIONS = {'edm': EDM, 'vp': VP, 've': VE, 'iddpm': IDDPM, 'cosine': Cosine}

@@ -174,7 +174,7 @@ def _peak(weighting: EDMLogSNR) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class EpsilonMSE(Weighting):
-    """||eps - eps_hat||^2 of the levels as they are drawn: the loss of DDPM and simple diffusion."""
+    """||eps - eps_hat||^2 of the levels as they are drawn: the loss of DDPM, VP and VE, and of simple diffusion."""
 
     def weight(self, sigma: torch.Tensor, levels: Any, nimg: int) -> torch.Tensor:
         """lambda(sigma): float32 [N] -> [N]."""

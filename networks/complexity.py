@@ -28,6 +28,7 @@ PER_OUTPUT = {
     aten.silu: 3,
     aten.gelu: 4,
     **dict.fromkeys((aten.lerp, aten.clamp), 2),
+    aten.native_group_norm: 5,  # mean, variance, subtract, scale, shift
     **dict.fromkeys((aten.avg_pool2d, aten.upsample_nearest2d), 4),
 }
 MATRIX_PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}  # and which argument is the left factor
@@ -35,8 +36,8 @@ MATRIX_PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}  # a
 FREE = {
     *(aten.view, aten._unsafe_view, aten.permute, aten.transpose, aten.t, aten.expand, aten.unsqueeze, aten.select),
     *(aten.clone, aten._to_copy, aten.cat, aten.ones_like, aten.new_zeros, aten.unbind, aten.slice, aten.empty_like),
-    *(aten.detach, aten.alias, aten.split, aten.repeat, aten.arange, aten.linspace),
-    *(aten.pixel_shuffle, aten.pixel_unshuffle),
+    *(aten.detach, aten.alias, aten.split, aten.repeat, aten.arange, aten.linspace, aten.roll, aten.index),
+    *(aten.pixel_shuffle, aten.pixel_unshuffle, aten.argmin),
 }
 
 
@@ -48,9 +49,11 @@ def operation_cost(func: Any, args: tuple, out: Any) -> tuple[str, int, int]:
     packet, size = func.overloadpacket, out.numel() if isinstance(out, torch.Tensor) else 0
     kind = packet.__name__.strip('_')
     if packet is aten.convolution:
-        weight = args[1]
-        macs = size * weight[0].numel()  # weight: [Cout, Cin / groups, kh, kw]
-        depthwise = args[8] > 1
+        x, weight, _, stride, _, _, transposed, _, groups = args
+        macs = (x.numel() if transposed else size) * weight[0].numel()  # weight: [Cout, Cin / groups, kh, kw]
+        depthwise = groups > 1
+        if weight.shape[1] == 1 and stride[0] > 1:
+            return 'resampling', macs, 0
         kind = 'depthwise convolution' if depthwise else f'{weight.shape[2]}x{weight.shape[3]} convolution'
         return kind, macs, macs
     if packet in MATRIX_PRODUCTS:
@@ -198,8 +201,8 @@ def _without_weights(config: NetworkConfig, precision: str) -> tuple[Denoiser, t
     with torch.device('meta'):
         net = Denoiser(config, precision=precision).eval()
         x = torch.empty(1, *config.image_shape)
-        labels = torch.empty(1, config.label_dim) if config.label_dim else None
-        return net, (x, torch.empty(1), labels)
+        labels, augment = (torch.empty(1, n) if n else None for n in (config.label_dim, config.augment_dim))
+        return net, (x, torch.empty(1), labels, augment)
 
 
 def saved_bytes(config: NetworkConfig, precision: str = 'fp32') -> int:

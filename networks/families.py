@@ -21,6 +21,8 @@ from typing import Any
 
 from torch import nn
 
+from networks.edm.adm import ADM, ADMConfig
+from networks.edm.song import SongConfig, SongUNet
 from networks.edm2.config import EDM2Config
 from networks.edm2.unet import UNet
 from networks.interface import Interface
@@ -43,6 +45,8 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     'edm2': Family(EDM2Config, UNet),
+    'edm-song': Family(SongConfig, SongUNet),
+    'edm-adm': Family(ADMConfig, ADM),
     'sid2': Family(UViTConfig, UViT),
 }
 ARCHITECTURES: dict[str, type] = {name: family.config for name, family in FAMILIES.items()}

@@ -10,7 +10,8 @@ from diffusion.preconditioning import Preconditioning
 from diffusion.schedules import DISCRETIZATIONS, EDM
 from dnnlib.configs import from_json, tagged, to_json
 from dnnlib.errors import UserError
-from sampling.samplers import SAMPLERS, Heun
+from sampling.samplers import Heun
+from sampling.table import SAMPLERS
 
 
 @dataclasses.dataclass(frozen=True)

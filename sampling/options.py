@@ -14,7 +14,7 @@ from dnnlib import cli
 from dnnlib.configs import replaced, tag_of
 from dnnlib.errors import UserError
 from sampling.config import SamplerConfig
-from sampling.samplers import SAMPLERS
+from sampling.table import SAMPLERS
 
 TABLES = {'sampler': SAMPLERS, 'disc': DISCRETIZATIONS}
 
@@ -65,6 +65,10 @@ def sampler_config(
     config = own if isinstance(own, SamplerConfig) else SamplerConfig.from_json(own or {})
     given = {name: value for name, value in flags.items() if value is not None}
     changes = {name: given.pop(name) for name in TABLES if name in given and given[name] != _name(config, name)}
+    for name in given:
+        able = [sampler for sampler, cls in SAMPLERS.items() if name in {f.name for f in dataclasses.fields(cls)}]
+        if len(able) == 1 and not flags['sampler']:
+            changes['sampler'] = able[0]  # the only one with this option
     config = replaced(config, changes)
     if 'guidance_interval' in given:
         interval = given['guidance_interval']

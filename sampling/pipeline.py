@@ -206,10 +206,12 @@ def _guided(portions: list[Portions], one_hot: torch.Tensor | None, config: Samp
     """The denoiser of a batch."""
     main, *guides = portions
     denoise = functools.partial(main, labels=one_hot)
-    if not guides:
-        return denoise
-    labels = None if guides[0].net is main.net or not guides[0].net.config.label_dim else one_hot
-    return guide(denoise, functools.partial(guides[0], labels=labels), config.guidance, config.guidance_interval)
+    if guides:
+        labels = None if guides[0].net is main.net or not guides[0].net.config.label_dim else one_hot
+        weaker = functools.partial(guides[0], labels=labels)
+        denoise = guide(denoise, weaker, config.guidance, config.guidance_interval)
+    denoise.round = main.net.config.preconditioning.round
+    return denoise
 
 
 def choose_labels(

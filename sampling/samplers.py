@@ -13,7 +13,7 @@ a stochastic one, whose error does not), the `evaluations` of D that it makes, a
 arithmetic on x is made of additions, multiplications and divisions alone, which round alike for an image alone and in a
 batch. All integrate in sigma, with x in the variance-exploding scale.
 
-A new one is a class and a row of SAMPLERS; its fields become command-line options.
+A new one is a class and a row of `sampling.table.SAMPLERS`; its fields become command-line options.
 """
 
 import dataclasses
@@ -77,9 +77,12 @@ class Churned(Sampler):
             found.append(f'S_min <= S_max is needed, not {self.S_min} and {self.S_max}')
         return found
 
-    def churned(self, x: torch.Tensor, sigma: float, num_steps: int, noise: Noise | None) -> tuple[torch.Tensor, float]:
+    def churned(
+        self, denoise: Denoise, x: torch.Tensor, sigma: float, num_steps: int, noise: Noise | None
+    ) -> tuple[torch.Tensor, float]:
         """Raise x from `sigma` to sigma (1 + gamma) (EDM algorithm 2, lines 4 to 6); return it with its noise level.
 
+        A denoiser that knows some noise levels only tells the nearest one by its `round`.
         Noise is drawn at every step, used or not, so that the stream of a seed does not depend on S_min and S_max.
         """
         if self.S_churn == 0:
@@ -87,7 +90,9 @@ class Churned(Sampler):
         assert noise is not None, 'churn needs a source of noise'
         epsilon = noise(x)
         sigma_hat = sigma * (1 + self.gamma(sigma, num_steps))
-        if sigma_hat == sigma:
+        if hasattr(denoise, 'round'):
+            sigma_hat = denoise.round(torch.tensor(sigma_hat, dtype=torch.float64)).item()
+        if sigma_hat <= sigma:
             return x, sigma
         return x + (math.sqrt(sigma_hat**2 - sigma**2) * self.S_noise) * epsilon, sigma_hat
 
@@ -113,7 +118,7 @@ class Heun(Churned):
         num_steps = len(sigmas) - 1
         for i, sigma, sigma_next in steps(sigmas):
             D = of_step(denoise, sigma)
-            x, sigma = self.churned(x, sigma, num_steps, noise)
+            x, sigma = self.churned(denoise, x, sigma, num_steps, noise)
             denoised = evaluate(D, x, sigma)
             slope = (x - denoised) / sigma  # dx/dsigma (EDM eq. 3 with sigma(t) = t)
             x_next = x + (sigma_next - sigma) * slope
@@ -142,7 +147,7 @@ class Euler(Churned):
         """See the module."""
         for i, sigma, sigma_next in steps(sigmas):
             D = of_step(denoise, sigma)
-            x, sigma = self.churned(x, sigma, len(sigmas) - 1, noise)
+            x, sigma = self.churned(denoise, x, sigma, len(sigmas) - 1, noise)
             denoised = evaluate(D, x, sigma)
             x = x + (sigma_next - sigma) * ((x - denoised) / sigma)
             if observe is not None:
@@ -241,9 +246,6 @@ class Ancestral(Sampler):
         """Everything that is wrong with its options, in words."""
         found = [] if 0 <= self.variance <= 1 else [f'variance must be from 0 to 1, not {self.variance}']
         return found + ([] if self.clip >= 0 else [f'clip must be at least 0, not {self.clip}'])
-
-
-SAMPLERS: dict[str, type[Sampler]] = {'heun': Heun, 'euler': Euler, 'dpm++2m': DPMpp2M, 'ancestral': Ancestral}
 
 
 def steps(sigmas: torch.Tensor) -> Iterator[tuple[int, float, float]]:

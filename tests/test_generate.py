@@ -327,7 +327,10 @@ def test_self_guidance(generate, tmp_path):
 def test_bad_words(generate, tmp_path):
     for args, message in (
         (['--sampler=heum'], "unknown sampler 'heum'; did you mean heun"),
-        (['--sampler=dpm++2m', '--S_churn=1'], 'the sampler dpm..2m has no option S_churn; heun and euler have'),
+        (
+            ['--sampler=dpm++2m', '--S_churn=1'],
+            'dpm..2m has no option S_churn; heun and euler and ablation have',
+        ),
         (['--guidance-interval=2,1', '--gnet=self', '--guidance=2'], 'LO < HI'),
         (['--guidance-interval=1,2'], '--guidance-interval means nothing without guidance'),
         (['--gnet=self'], '--gnet guides nothing without its weight'),

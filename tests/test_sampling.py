@@ -18,7 +18,8 @@ from sampling.config import SamplerConfig
 from sampling.guidance import guide
 from sampling.pipeline import count_evaluations, generate, sample, trajectory
 from sampling.portions import portion_size
-from sampling.samplers import SAMPLERS, DPMpp2M, Euler, Heun
+from sampling.samplers import DPMpp2M, Euler, Heun
+from sampling.table import SAMPLERS
 from tests.conftest import ROOT
 from tests.helpers import edm2_network
 
@@ -61,8 +62,8 @@ def test_order_of_convergence(name):
         sigmas = edm_sigmas(steps + 1, 0.1, 10)[:-1]
         errors.append(abs(SAMPLERS[name]()(gaussian(0.25), ONE, sigmas).item() - exact))
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
-    assert slopes == pytest.approx([SAMPLERS[name].order] * 2, abs=0.1)
-    assert SAMPLERS[name].order == {'heun': 2, 'euler': 1, 'dpm++2m': 2}[name]
+    assert slopes == pytest.approx([SAMPLERS[name]().order] * 2, abs=0.1)
+    assert SAMPLERS[name]().order == {'heun': 2, 'euler': 1, 'dpm++2m': 2, 'ablation': 2}[name]
     assert errors[-1] < 1e-2 * exact
 
 
@@ -127,7 +128,7 @@ def test_evaluations(name, steps):
     assert (len(main.levels), len(weaker.levels)) == (expected, 0)
     solve(guide(main, weaker, 2), ONE, edm_sigmas(steps))
     assert (len(main.levels), len(weaker.levels)) == (2 * expected, expected)
-    assert expected == (2 * steps - 1 if name == 'heun' else steps)
+    assert expected == (2 * steps - 1 if name in ('heun', 'ablation') else steps)
     assert count_evaluations(SamplerConfig(steps, SAMPLERS[name]())) == (expected, 0)
     assert count_evaluations(SamplerConfig(steps, SAMPLERS[name](), guidance=0.5)) == (expected, expected)
 
@@ -143,7 +144,7 @@ def test_published_intervals_are_these_steps(name, interval, first, last):
     sigmas = edm_sigmas(32).tolist()
     expected = []
     for i in range(first, last + 1):
-        expected += [sigmas[i], sigmas[i + 1]] if name == 'heun' and i < 31 else [sigmas[i]]
+        expected += [sigmas[i], sigmas[i + 1]] if name in ('heun', 'ablation') and i < 31 else [sigmas[i]]
     assert weaker.levels == expected
     config = SamplerConfig(sampler=SAMPLERS[name](), guidance=2, guidance_interval=interval)
     assert count_evaluations(config) == (len(main.levels), len(weaker.levels))

@@ -9,5 +9,6 @@ Every one is a frozen dataclass with
 """
 
 from training.augment_distribution import DistributionAugment
+from training.augment_edm import EDMAugment
 
-AUGMENTS: dict[str, type] = {'distribution': DistributionAugment}
+AUGMENTS: dict[str, type] = {'distribution': DistributionAugment, 'edm': EDMAugment}
