@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/ready
+READY_ALL := $(VENV)/ready-all
 
 # Builds of PyTorch, the first of which that installs is taken. Without a GPU: the CPU build from where pip looks, the
 # same from PyTorch's own index, and the build for CUDA. To choose one: make setup TORCH=torch==2.11.0
@@ -20,17 +21,21 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The demo's network is too small for threads to help: waiting for each other, two are slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-all resolve lint format clean
+.PHONY: setup setup-all demo test test-all resolve lint format clean
 
+# `make setup` installs no optional package, `make setup-all` every one that the tests can use.
 setup: $(READY)
+setup-all: $(READY_ALL)
+$(READY): EXTRAS := demo,report,dev
+$(READY_ALL): EXTRAS := demo,report,dev,dino,latents,tensorboard,parquet,oracles
 
-$(READY): pyproject.toml constraints.txt
+$(READY) $(READY_ALL): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	@for build in $(BUILDS); do \
 		echo "Installing $$build and what constraints.txt lists (without +cpu, on Linux: with gigabytes of CUDA)"; \
-		$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt $$build '.[demo,report,dev]' \
-			&& touch $(READY) && exit 0; \
+		$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt $$build '.[$(EXTRAS)]' \
+			&& touch $(READY) $@ && exit 0; \
 	done; rm -rf $(VENV); echo 'Nothing could be installed; pip says why. README.md has the plain pip commands.'; exit 1
 
 # The main job, command by command as in the README.
@@ -40,7 +45,7 @@ demo: setup
 	python reconstruct_phema.py --indir=demo/run --outstd=0.120
 	python generate.py --net=demo/run/phema-0000049-0.120.safetensors --seeds=0-99 --class=0-9 --outdir=demo/samples
 	python calculate_metrics.py gen --net=demo/run/phema-0000049-0.120.safetensors --ref=demo/digits.zip \
-		--metrics=fd_pixels,class_agreement --seeds=0-999 --json=demo/metrics.json --log=demo/metrics.jsonl
+		--metrics=fd_pixels,class_agreement --seeds=0-999 --json=demo/metrics.json --record=demo/metrics.jsonl
 	@echo
 	@echo 'Generated digits, a class per column:  demo/samples-grid.png'
 	@echo 'Loss over training time:               demo/run/loss.png'
@@ -50,8 +55,8 @@ demo: setup
 test: setup lint
 	python -m pytest -n 2 -m 'not slow'
 
-test-all: setup lint
-	python -m pytest -n 2
+test-all: setup-all lint
+	NO_SKIPS=1 python -m pytest -n 2
 
 # Asks the package index whether every supported Python can install constraints.txt.
 resolve: setup

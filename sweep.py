@@ -14,9 +14,10 @@ from dnnlib.files import locked_folder, make_folder, write_json
 from dnnlib.memory import free_memory
 from dnnlib.plots import require_matplotlib
 from ema.reconstruct import find_snapshots
-from evaluation.measure import NetworkMeasure
+from evaluation.measure import Evaluator, Generation
+from evaluation.options import measure_config, measure_options
+from evaluation.records import format_int_list
 from evaluation.sweep import Sweep, plot_sweep
-from metrics.records import format_int_list
 from networks.encoders import load_encoder
 from networks.files import load_network
 from sampling.options import sampler_config, sampler_options, take_sampler_flags
@@ -36,8 +37,7 @@ Examples:
 @click.option('--outdir', required=True, metavar='DIR', help='For sweep.jsonl, sweep.csv and sweep.png.')
 @click.option('--outstd', required=True, type=cli.FLOATS, help='EMA lengths, such as 0.05,0.06,...,0.25.')
 @click.option('--outnimg', type=cli.NIMGS, help='Training times, such as 64Mi,128Mi; by default the last.')
-@click.option('--metrics', default='fd_pixels', show_default=True, metavar='LIST', help='See calculate_metrics.py.')
-@click.option('--ref', metavar='FILE|DATASET', help='Reference file, published statistics, or the real images.')
+@measure_options('fd_pixels', 'Reference file, published statistics, or the real images; may be repeated.')
 @click.option('--seeds', type=cli.INTS, default='0-49999', show_default=True, help='An image for each.')
 @click.option('--gnet', 'gnet_path', metavar='FILE|URL', help='Guiding network file.')
 @click.option('--guidance', type=cli.FLOATS, default='1', show_default=True, help='Guidance weights, such as 1,1.2.')
@@ -48,14 +48,15 @@ Examples:
 @click.option('--memory', type=click.FloatRange(min=0), metavar='GIB', help='For networks; half of what is free.')
 @click.option('--vae', metavar='DIR', help='Folder of the VAE, for latents on machines without a network.')
 @click.option('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
-def main(indir, outdir, outstd, outnimg, metrics, ref, seeds, gnet_path, guidance, batch, precision, instd, memory, vae,
-         device, **flags):  # fmt: skip
+def main(indir, outdir, outstd, outnimg, seeds, gnet_path, guidance, batch, precision, instd, memory, vae, device,
+         **flags):  # fmt: skip
     """Measure networks of many EMA lengths (and training times, and guidance weights), a row for each.
 
     The same command continues a sweep that was stopped, and measures nothing twice; lengths, times and weights may be
     added. sweep.png shows each metric against EMA length.
     """
     require_matplotlib()
+    config = measure_config(flags, batch)
     if gnet_path is None and any(weight != 1 for weight in guidance):
         raise UserError('guidance other than 1 needs a guiding network: --gnet=FILE')
     snapshots = find_snapshots(indir, instd)
@@ -63,8 +64,9 @@ def main(indir, outdir, outstd, outnimg, metrics, ref, seeds, gnet_path, guidanc
     sweep = Sweep.make(snapshots, outstd, outnimg, guidance)  # mistakes are told before the folder is made
     settings: dict[str, Any] = {
         'indir': os.fspath(Path(indir).resolve()),
-        'metrics': metrics.split(','),
-        'ref': ref,
+        'metrics': list(config.metrics),
+        'ref': config.refs[0] if len(config.refs) == 1 else list(config.refs) or None,
+        'any_weights': [config.detectors.inception, config.detectors.dinov2] if config.detectors.any_weights else None,
         'seeds': format_int_list(seeds),
         'guiding_net': gnet_path,
         'sampler': {key: value for key, value in sampler.to_json().items() if key != 'guidance'},
@@ -74,18 +76,19 @@ def main(indir, outdir, outstd, outnimg, metrics, ref, seeds, gnet_path, guidanc
     }
     with distributed.session(device) as chosen:
         encoder = load_encoder(snapshots[0].info.encoder, chosen, vae)
-        measure = NetworkMeasure(settings['metrics'], ref, chosen, seeds, sampler, encoder, batch)
-        measure.prepare(snapshots[0].info.config)
         guiding_net = load_network(gnet_path, chosen, precision)[0] if gnet_path else None
+        how = Generation(seeds, sampler, encoder, guiding_net)
+        evaluator = Evaluator(config, chosen)
+        evaluator.prepare(how.describe(snapshots[0].info.config))
         if distributed.rank() == 0:
             folder = make_folder(outdir)
             with locked_folder(folder):
                 check_settings(folder / 'sweep.json', settings)
-                sweep.run(folder, measure, guiding_net, chosen, precision, _memory(memory))
+                sweep.run(folder, evaluator, how, chosen, precision, _memory(memory))
                 plot_sweep(folder)
             click.echo(f'{folder}/sweep.csv, {folder}/sweep.png')
         else:
-            sweep.run(Path(outdir), measure, guiding_net, chosen, precision, _memory(memory))
+            sweep.run(Path(outdir), evaluator, how, chosen, precision, _memory(memory))
 
 
 def _memory(gib: float | None) -> float:

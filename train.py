@@ -15,7 +15,8 @@ from dnnlib.errors import UserError
 from dnnlib.files import make_folder
 from dnnlib.images import image_grid, save_png
 from dnnlib.signals import StopSignals
-from evaluation.measure import NetworkMeasure
+from evaluation.measure import Evaluator, Generation, MeasureConfig
+from evaluation.options import measure_config, measure_options
 from networks.denoiser import Denoiser
 from networks.encoders import Encoder, load_encoder
 from sampling.config import SamplerConfig
@@ -88,8 +89,7 @@ main_group, recipe, execution, output = (
 @execution('--allow-rounding', is_flag=True, help='Resume although --precision, --compile or --batch-gpu differ.')
 @output('--status', type=cli.NIMG, help='Interval of status lines.')
 @output('--preview', type=cli.NIMG, help='Interval of sample grids.')
-@output('--metrics', metavar='LIST', help='Measure every EMA at snapshots, such as fid,fd_pixels.')
-@output('--ref', metavar='FILE|DATASET', help='What the metrics compare with; by default the training data.')
+@measure_options(None, 'What the metrics compare with; by default the training data; may be repeated.', output)
 @output('--metric-seeds', type=cli.INTS, default='0-49999', show_default=True, help='An image for each.')
 @output('--vae', metavar='DIR', help='Folder of the VAE, to show and measure latents without a network.')
 @output('--snapshot', type=cli.NIMG, help='Interval of EMA snapshots.')
@@ -111,8 +111,6 @@ def main(
     allow_rounding,
     tensorboard,
     vae,
-    metrics,
-    ref,
     metric_seeds,
     settings,
     **flags,
@@ -121,6 +119,7 @@ def main(
 
     Numbers of images may be written as 4096, 200k or 8Mi. What is not given comes from the preset.
     """
+    measuring = measure_config(flags, offline=offline)
     overrides = {name: value for name, value in flags.items() if value is not None} | dict(map(parse_setting, settings))
     if dry_run:
         world_size = ranks or int(os.environ.get('WORLD_SIZE', '1'))
@@ -141,7 +140,7 @@ def main(
     world_size = int(os.environ.get('WORLD_SIZE', '1'))
     config, dataset = resolve(preset, data, cond, overrides, world_size, offline)
     with StopSignals(last=True) as signals, distributed.session(device) as chosen:
-        measure = make_measure(config, chosen, metrics.split(','), ref, metric_seeds, vae) if metrics else None
+        measure = make_measure(config, chosen, measuring, metric_seeds, vae) if measuring.metrics else None
         folder = make_folder(outdir)
         config = with_micro_batch(config, folder, chosen)
         train(
@@ -197,16 +196,18 @@ def with_micro_batch(config: TrainConfig, folder: Path, device: torch.device) ->
 
 
 def make_measure(
-    config: TrainConfig, device: torch.device, metrics: list[str], ref: str | None, seeds: list[int], vae: str | None
+    config: TrainConfig, device: torch.device, measuring: MeasureConfig, seeds: list[int], vae: str | None
 ) -> Measure:
     """What computes the metrics of a network in training."""
-    if ref is None and config.encoder != 'rgb':
+    if not measuring.refs and config.encoder != 'rgb':
         raise UserError('the training data are latents; give --ref, a reference made of the images')
-    encoder = load_encoder(config.encoder, device, vae)
+    how = Generation(seeds, config.sampler, load_encoder(config.encoder, device, vae))
     batch = config.micro_batch_for(distributed.world_size())
-    measure = NetworkMeasure(metrics, ref or config.data, device, seeds, config.sampler, encoder, batch)
-    measure.prepare(config.network)
-    return lambda net, nimg: measure(net)
+    measuring = dataclasses.replace(measuring, refs=measuring.refs or (config.data,), batch=batch)
+    evaluator = Evaluator(measuring, device)
+    evaluator.prepare(how.describe(config.network))
+    evaluator.read_references()
+    return lambda net, nimg: evaluator.network(net, how)
 
 
 def make_preview(config: TrainConfig, device: torch.device, folder: Path, vae: str | None) -> Preview | None:

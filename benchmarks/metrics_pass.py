@@ -14,8 +14,7 @@ import click
 import torch
 
 from dataset.reader import ImageDataset
-from metrics.collectors import Statistics
-from metrics.detectors import DetectorOptions, load_detector
+from metrics.detectors import DetectorOptions, load_detectors
 from metrics.frechet import frechet_distance
 from metrics.gathering import Need, gather
 from metrics.reading import describe, read_batches
@@ -36,7 +35,7 @@ def main(name: str, count: int, batch: int, side: int, workers: int, rounds: int
         options = DetectorOptions(any_weights=True)
         if name == 'inception':
             options = DetectorOptions(str(random_inception(Path(folder) / 'random.pth')), any_weights=True)
-        detector = load_detector(name, device, options)
+        detector = load_detectors([name], device, options)[name]
         dataset = ImageDataset(make_archive(Path(folder) / 'data.zip', count, 0, (3, side, side)))
         batches = [b.images.to(device) for b in read_batches(dataset, batch, 'load')]
 
@@ -54,7 +53,7 @@ def main(name: str, count: int, batch: int, side: int, workers: int, rounds: int
                 pass
 
         def whole() -> None:
-            needs = [Need(name, Statistics)]
+            needs = [Need(name, 'statistics')]
             gather(describe(dataset), read_batches(dataset, batch, 'whole', workers), needs, device, {name: detector})
             wait()
 

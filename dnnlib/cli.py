@@ -32,6 +32,8 @@ def run(command: click.Command) -> None:
     except click.ClickException as error:
         _fail(' '.join(error.format_message().split()))
     except UserError as error:
+        if error.everywhere and os.environ.get('RANK', '0') != '0':
+            _exit(USAGE_ERROR)
         _fail(str(error))
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:

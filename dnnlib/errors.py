@@ -18,9 +18,11 @@ class UserError(ValueError):
     Args:
         problems: One message, or several found in the same check.
         where: The file that all of them are in, named once.
+        everywhere: Whether all ranks raise it together, so that one of them says it for all.
     """
 
-    def __init__(self, problems: str | Iterable[str], where: str | None = None):
+    def __init__(self, problems: str | Iterable[str], where: str | None = None, everywhere: bool = False):
+        self.everywhere = everywhere
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         assert self.problems, 'an error needs at least one problem'
         shown, more = self.problems[:MOST_SHOWN], len(self.problems) - MOST_SHOWN

@@ -1,131 +1,222 @@
-"""Measuring networks on the fly: images are generated, seen by the detectors, and forgotten."""
+"""Measuring stored images, and networks by the images that they generate, against references."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import click
 import torch
-from tqdm import tqdm
 
 from dataset.reader import ImageDataset
-from dnnlib.download import local_file
-from metrics.detectors import Detector, DetectorOptions, load_detectors
-from metrics.gathering import Batch, Gathered, ImageSet, Need, gather
-from metrics.published import is_published, load_published
-from metrics.reading import Images, NpzImages, batch_range, describe, read_batches
+from dnnlib.download import file_sha256
+from dnnlib.errors import UserError
+from dnnlib.progress import progress
+from metrics.baselines import has_statistics, load_baseline, reference_file
+from metrics.detectors import DetectorOptions, load_detectors
+from metrics.gathering import Gathered, gather
+from metrics.image_sets import ImageBatch, ImageSet
+from metrics.npz import NpzImages
+from metrics.reading import Images, batch_range, describe, read_batches
 from metrics.reference import SUFFIX, load_reference
-from metrics.registry import check_sets, evaluate, needs_of, select_metrics
+from metrics.registry import Metric, check_sets, memory_notes, needs_of
+from metrics.results import evaluate
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import Encoder, PixelEncoder
-from sampling.pipeline import SamplerConfig, generate
+from sampling.config import SamplerConfig
+from sampling.pipeline import generate
 from torch_utils import distributed
 
 VAE_FACTOR = 8  # side of a picture over that of its latents
+GPU_WORKERS = 4  # processes that decode beside a GPU; beside a CPU detector they would only take its cores
 
 
-class NetworkMeasure:
-    """Measures one network after the other against the same reference, on all ranks together.
+@dataclasses.dataclass(frozen=True)
+class MeasureConfig:
+    """What to measure, and against what.
 
     Args:
-        metrics: Names.
-        ref: Reference file, published statistics or the real images; None for metrics that need none.
-        device: Of this rank.
-        seeds: An image for each.
-        config: How they are generated.
-        encoder: Makes images of samples.
+        metrics: From `select_metrics`.
+        refs: Reference files, published statistics or real images; none for metrics that need none.
+        detectors: Where detectors find their weights.
         batch: Images at a time.
-        options: Where detectors find their weights.
-
-    Raises:
-        UserError: where a metric is unknown or cannot be computed here.
+        workers: Processes that decode stored images; None: GPU_WORKERS beside a GPU, else none.
     """
 
-    def __init__(
-        self,
-        metrics: Sequence[str],
-        ref: str | None,
-        device: torch.device,
-        seeds: Sequence[int],
-        config: SamplerConfig,
-        encoder: Encoder,
-        batch: int = 64,
-        options: DetectorOptions | None = None,
-    ):
-        self.metrics = select_metrics(metrics)
-        self.ref, self.device, self.seeds, self.config = ref, device, list(seeds), config
-        self.encoder, self.batch = encoder, batch
-        self.detectors = load_detectors((need.detector for need in needs_of(self.metrics)), device, options)
-        self._reference: Gathered | None = None
+    metrics: dict[str, Metric]
+    refs: tuple[str, ...] = ()
+    detectors: DetectorOptions = dataclasses.field(default_factory=DetectorOptions)
+    batch: int = 64
+    workers: int | None = 0
 
-    def prepare(self, network: NetworkConfig) -> None:
-        """Read the reference, once, and find out early that such networks cannot be held to it; every rank calls it.
+    def check(self, images: ImageSet) -> None:
+        """Find what can be wrong before detectors are loaded and images are read.
+
+        Raises:
+            UserError: where the metrics cannot hold these images to the references.
+        """
+        if self.refs and not any(metric.reference for metric in self.metrics.values()):
+            raise UserError(f'{", ".join(self.metrics)} needs no reference: use calc or gen without --ref')
+        if not self.refs:
+            check_sets(self.metrics, None, images)
+        for ref in self.refs:
+            path = str(reference_file(ref, self.detectors.offline))
+            if not is_file_of_statistics(path):
+                check_sets(self.metrics, describe(open_images(path)), images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """How a network makes the images that are measured.
+
+    Args:
+        seeds: An image for each.
+        sampler: Steps, noise levels, guidance weight.
+        encoder: Makes images of samples.
+        guiding_net: For guidance.
+        classes: To cycle through; None draws them.
+        name: What messages and records call the images.
+    """
+
+    seeds: Sequence[int]
+    sampler: SamplerConfig
+    encoder: Encoder
+    guiding_net: Denoiser | None = None
+    classes: Sequence[int] | None = None
+    name: str = 'generated images'
+
+    def describe(self, network: NetworkConfig) -> ImageSet:
+        """The images that such a network makes, before it makes them."""
+        shape = network.img_channels, *network.img_resolution
+        if not isinstance(self.encoder, PixelEncoder):
+            shape = 3, *(VAE_FACTOR * side for side in network.img_resolution)
+        return ImageSet(self.name, len(self.seeds), shape, network.label_dim)
+
+    def batches(self, net: Denoiser, batch_size: int) -> Iterator[ImageBatch]:
+        """This rank's batches of images; see `batch_range` for why they do not depend on the number of ranks."""
+        with progress(len(self.seeds), 'images', shown=distributed.rank() == 0) as advance:
+            for k in batch_range(len(self.seeds), batch_size):
+                indices = torch.arange(k * batch_size, min((k + 1) * batch_size, len(self.seeds)))
+                seeds = [self.seeds[i] for i in indices.tolist()]
+                (made,) = generate(net, seeds, self.sampler, self.guiding_net, self.classes, batch_size, self.encoder)
+                yield ImageBatch(made.images, made.labels, indices, [f'seed {seed}' for seed in seeds])
+                advance(len(seeds) * distributed.world_size())
+
+
+class Evaluator:
+    """Measures one set of images after the other, all ranks together: the one way from images or a network to numbers.
+
+    `prepare` finds mistakes early, `stored` and `generated` gather what metrics need of a set, `results` computes.
+
+    Args:
+        config: What to measure.
+        device: Of this rank.
+
+    Raises:
+        UserError: where a detector cannot be loaded.
+    """
+
+    def __init__(self, config: MeasureConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.detectors = load_detectors((need.detector for need in needs_of(config.metrics)), device, config.detectors)
+        self._opened: list[tuple[ImageSet, Gathered | Images]] | None = None
+
+    def prepare(self, images: ImageSet) -> None:
+        """Open the references, without reading images, and check that such images can be held to them.
 
         Raises:
             UserError: where they cannot.
         """
-        about = self._about(network)
-        if self.ref is None or not any(metric.reference for metric in self.metrics.values()):
-            check_sets(self.metrics, None, about)
-            return
-        if self._reference is None:
-            self._reference = open_reference(self.ref, self.metrics, self.detectors, self.device, self.batch)
-        check_sets(self.metrics, self._reference.about, about)
+        metrics = self.config.metrics
+        first = self._opened is None
+        if first:
+            self._opened = [self._open(ref) for ref in self.config.refs]
+        about = [about for about, _ in self._opened]
+        for real in about or [None]:
+            check_sets(metrics, real, images)
+        if first:
+            self.note_memory(max((real.count for real in about if real.count), default=None), images.count, images)
 
-    def __call__(
-        self, net: Denoiser, guiding_net: Denoiser | None = None, guidance: float | None = None
-    ) -> dict[str, Any]:
-        """Metrics of a network, by name, on rank 0; elsewhere nothing. Every rank calls it.
+    def read_references(self) -> list[Gathered]:
+        """What the metrics need of each reference, read when this is first called; every rank calls it."""
+        for i, (about, source) in enumerate(self._opened):
+            if not isinstance(source, Gathered):
+                self._opened[i] = about, self.stored(source, 'reference', reference=True)
+        return [source for _, source in self._opened]
 
-        Args:
-            net: In evaluation mode, on `device`.
-            guiding_net: For guidance.
-            guidance: Its weight, in place of the config's.
-        """
-        self.prepare(net.config)
-        config = self.config
-        if guidance is not None:
-            config = dataclasses.replace(config, guidance=guidance)
+    def stored(self, images: Images, title: str | None = None, reference: bool = False) -> Gathered:
+        """Gather what the metrics need of stored images, or of a `reference`."""
+        workers = self.config.workers
+        if workers is None:
+            workers = GPU_WORKERS if self.device.type == 'cuda' else 0
+        batches = read_batches(images, self.config.batch, title or images.name, workers)
+        return self._gather(describe(images), batches, reference)
 
-        def make(seeds: list[int], batch_size: int):
-            return generate(net, seeds, config, guiding_net, batch_size=batch_size, encoder=self.encoder)
+    def generated(self, net: Denoiser, how: Generation) -> Gathered:
+        """Gather what the metrics need of the images that a network (in evaluation mode) generates."""
+        about = how.describe(net.config)
+        self.prepare(about)
+        self.read_references()
+        return self._gather(about, how.batches(net, self.config.batch))
 
-        needs = needs_of(self.metrics)
-        batches = made(make, self.seeds, self.batch)
-        gathered = gather(self._about(net.config), batches, needs, self.device, self.detectors)
-        return evaluate(self.metrics, self._reference, gathered)['metrics'] if distributed.rank() == 0 else {}
+    def network(self, net: Denoiser, how: Generation) -> dict[str, Any]:
+        """Metrics of a network, by name, on rank 0; elsewhere nothing. Every rank calls it."""
+        results = self.results(self.generated(net, how))
+        if len(results) == 1:
+            return results[0]['metrics']
+        return {
+            f'{name} {result["reference"]["name"]}': numbers
+            for result in results
+            for name, numbers in result['metrics'].items()
+        }
 
-    def _about(self, network: NetworkConfig) -> ImageSet:
-        return ImageSet(
-            'generated images',
-            len(self.seeds),
-            made_shape(network, 'rgb' if isinstance(self.encoder, PixelEncoder) else 'latents'),
-            network.label_dim,
-        )
+    def results(self, images: Gathered) -> list[dict[str, Any]]:
+        """`evaluate` against each reference, on rank 0; elsewhere nothing. Every rank calls it."""
+        pairs = list(zip(self.config.refs, self.read_references(), strict=True)) or [(None, None)]
+        if distributed.rank() != 0:
+            return []
+        found = []
+        for ref, real in pairs:
+            result = evaluate(self.config.metrics, real, images)
+            result['warnings'] += self._weights_warnings(real)
+            result['images'] = {**vars(images.about), 'content': images.content}
+            result['reference'] = None if real is None else describe_reference(ref, real)
+            found.append(result)
+        return found
 
+    def note_memory(self, num_real: int | None, num_images: int | None, about: ImageSet) -> None:
+        """Say, on rank 0, what metrics that keep features of such images will take."""
+        if distributed.rank() == 0:
+            each = (detector.num_features(about.image_shape) for detector in self.detectors.values())
+            sizes = {name: size for found in each for name, size in found.items()}
+            for note in memory_notes(self.config.metrics, num_real, num_images, sizes):
+                click.echo(note, err=True)
 
-def made_shape(network: NetworkConfig, encoder: str) -> tuple[int, int, int]:
-    """(C, H, W) of the pictures that a network makes with the encoder of that name."""
-    channels, (height, width) = network.img_channels, network.img_resolution
-    return (channels, height, width) if encoder == 'rgb' else (3, VAE_FACTOR * height, VAE_FACTOR * width)
+    def _open(self, ref: str) -> tuple[ImageSet, Gathered | Images]:
+        offline = self.config.detectors.offline
+        path = str(reference_file(ref, offline))
+        if not is_file_of_statistics(path):
+            images = open_images(path)
+            return describe(images), images
+        needs = needs_of(self.config.metrics, reference=True)
+        if path.endswith(SUFFIX):
+            real = load_reference(path, needs, self.detectors)
+        else:
+            real = load_baseline(ref, needs, self.detectors, offline)
+        return real.about, real
 
+    def _gather(self, about: ImageSet, batches: Iterator[ImageBatch], reference: bool = False) -> Gathered:
+        return gather(about, batches, needs_of(self.config.metrics, reference), self.device, self.detectors)
 
-def made(make: Callable, seeds: list[int], batch_size: int) -> Iterator[Batch]:
-    """This rank's batches of generated images; see `batch_range` for why they do not depend on the ranks.
-
-    Args:
-        make: (seeds, batch_size) -> batches of `sampling.pipeline.generate`.
-        seeds: An image for each, over all ranks.
-        batch_size: Images at a time.
-    """
-    mine = batch_range(len(seeds), batch_size)
-    with tqdm(total=len(seeds), desc='images', unit='img', disable=True if distributed.rank() else None) as bar:
-        for k in mine:
-            chosen = seeds[k * batch_size : (k + 1) * batch_size]
-            for images in make(seeds=chosen, batch_size=batch_size):
-                indices = torch.arange(k * batch_size, k * batch_size + len(chosen))
-                yield Batch(images.images, images.labels, indices, [f'seed {seed}' for seed in chosen])
-            bar.update(min(len(chosen) * distributed.world_size(), bar.total - bar.n))
+    def _weights_warnings(self, real: Gathered | None) -> list[str]:
+        """What there is to say of detectors whose weights are not certainly the published ones."""
+        found = []
+        for name, detector in self.detectors.items():
+            if detector.standard is False:
+                found.append(f'{name} has other weights than the published ones: compare the values with nothing else')
+            elif detector.standard is None and real and real.identities.get(name, '') is None:
+                found.append(f'{name}: nothing tells whether its weights are those of the published reference')
+        return found
 
 
 def open_images(path: str) -> Images:
@@ -135,26 +226,12 @@ def open_images(path: str) -> Images:
 
 def is_file_of_statistics(path: str) -> bool:
     """Whether a reference is a file made before, ours or another's, rather than images."""
-    return path.endswith(SUFFIX) or is_published(path)
+    return path.endswith(SUFFIX) or has_statistics(path)
 
 
-def load_statistics(path: str, needs: Iterable[Need], detectors: Mapping[str, Detector]) -> Gathered:
-    """Read a reference file, ours or a published one.
-
-    Raises:
-        UserError: where it lacks something, or was made with other detectors.
-    """
-    return (load_reference if path.endswith(SUFFIX) else load_published)(path, needs, detectors)
-
-
-def open_reference(ref: str, metrics, detectors, device: torch.device, batch: int, workers: int = 0) -> Gathered:
-    """Load a reference file, or gather what the metrics need of a data set; every rank calls it.
-
-    Raises:
-        UserError: where it lacks something, or is no reference.
-    """
-    path, needs = str(local_file(ref)), needs_of(metrics, reference=True)
-    if is_file_of_statistics(path):
-        return load_statistics(path, needs, detectors)
-    images = open_images(path)
-    return gather(describe(images), read_batches(images, batch, 'reference', workers), needs, device, detectors)
+def describe_reference(ref: str, reference: Gathered) -> dict[str, Any]:
+    """The reference for a record, with the SHA-256 of its file if it is one."""
+    path = reference_file(ref)
+    sha256 = file_sha256(path) if path.is_file() and is_file_of_statistics(str(path)) else None
+    about = {**vars(reference.about), 'content': reference.content}
+    return {'path': ref, 'sha256': sha256, **about, 'versions': reference.versions}

@@ -11,8 +11,7 @@ import torch
 from dnnlib.files import atomic_path
 from dnnlib.jsonl import append_record, mend_records, read_records
 from ema.reconstruct import Plan, Snapshot, Wanted
-from evaluation.measure import NetworkMeasure
-from networks.denoiser import Denoiser
+from evaluation.measure import Evaluator, Generation
 from networks.files import build_network
 from torch_utils import distributed
 
@@ -46,8 +45,8 @@ class Sweep:
     def run(
         self,
         folder: Path,
-        measure: NetworkMeasure,
-        guiding_net: Denoiser | None,
+        evaluator: Evaluator,
+        how: Generation,
         device: torch.device,
         precision: str,
         memory: float,
@@ -56,8 +55,8 @@ class Sweep:
 
         Args:
             folder: Rank 0 reads and writes in it.
-            measure: Does it.
-            guiding_net: For weights other than 1.
+            evaluator: Does it.
+            how: Makes images, for each guidance weight with that.
             device, precision: Of the networks.
             memory: Bytes that reconstructed networks may take at once.
         """
@@ -71,7 +70,9 @@ class Sweep:
             for each, info, weights in dataclasses.replace(plan, wanted=wanted).reconstruct(memory):
                 net = build_network(info.config, weights, device, precision)
                 for weight in [w for std, w in missing if std == each.std]:
-                    found = measure(net, guiding_net if weight != 1 else None, weight)
+                    sampler = dataclasses.replace(how.sampler, guidance=weight)
+                    guiding_net = how.guiding_net if weight != 1 else None
+                    found = evaluator.network(net, dataclasses.replace(how, sampler=sampler, guiding_net=guiding_net))
                     if distributed.rank() == 0:
                         combination = plan.combinations[each.std]
                         row = {'nimg': plan.nimg, 'ema_std': each.std, 'guidance': weight}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dnnlib.errors import UserError
-from metrics.gathering import LabelledFeatures
+from metrics.collectors import Sample
 
 FOLDS = 5  # of the cross-validation that judges the classifier
 
@@ -22,13 +22,14 @@ def require_sklearn() -> None:
         raise UserError('class_agreement needs scikit-learn: install the extra `demo` (pip install scikit-learn)')
 
 
-def class_agreement(real: LabelledFeatures, images: LabelledFeatures) -> dict[str, Any]:
+def class_agreement(real: Sample, images: Sample) -> dict[str, Any]:
     """Share of images that a logistic regression, trained on real ones, assigns to the class that was asked for.
 
     Beside it stands the classifier's own accuracy on real images that it was not trained on (5-fold stratified
     cross-validation), overall and by class: agreement far above it, or far below, says more about the images than
     the bare number. The same data give the same result, to the last bit on one machine. Its time grows with
-    images * classes * F: meant for data sets of up to some ten thousand images.
+    images * classes * F: meant for data sets of up to some ten thousand images
+    (of more than 50,000, so many at random are used).
 
     Args:
         real: Labelled real images.
@@ -62,14 +63,14 @@ def class_agreement(real: LabelledFeatures, images: LabelledFeatures) -> dict[st
     }
 
 
-def _arrays(gathered: LabelledFeatures) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(gathered: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Features float64 [N, F] (in float32 the line search of the fit stalls) and labels int64 [N]."""
     return gathered.features.double().cpu().numpy(), gathered.labels.cpu().numpy()
 
 
 def _check(real_labels: np.ndarray, asked: np.ndarray) -> None:
     problems = [
-        f'class_agreement needs a label for every image, and {kind} image {np.argmax(labels < 0)} has none'
+        f'class_agreement needs a label for every image, and {(labels < 0).sum()} {kind} images have none'
         for kind, labels in (('real', real_labels), ('generated', asked))
         if (labels < 0).any()
     ]

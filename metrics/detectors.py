@@ -1,4 +1,4 @@
-"""Feature detectors: uint8 images in, one row of features for each image out. A new one is one row of `DETECTORS`."""
+"""Feature detectors: uint8 images in, rows of features for each image out. A new one is an entry of `DETECTORS`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from metrics.inception import InceptionDetector
 
 
 class Detector(Protocol):
-    """A map uint8 [N, C, H, W] -> float32 [N, F].
+    """A map from uint8 [N, C, H, W] to named features [N, F].
 
     Attributes:
         identity: Name and everything that the features depend on (sizes, scaling, hash of weights). It goes into
             reference files, and only features of equal identity are compared.
-        published: Whether its weights are those that published reference statistics are made with; None: not known.
+        standard: Whether its weights are those that published statistics are made with; None: not known.
     """
 
     identity: str
-    published: bool | None
+    standard: bool | None
 
-    def num_features(self, image_shape: tuple[int, int, int]) -> int:
-        """F for images of `image_shape` = (C, H, W), known before the first image is seen."""
+    def num_features(self, image_shape: tuple[int, int, int]) -> dict[str, int]:
+        """F of each of its features for images of `image_shape` = (C, H, W), known before the first image is seen."""
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Features of uint8 [N, C, H, W] images: float32 [N, F] on the same device."""
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features of uint8 [N, C, H, W] images: float [N, F] each, on the same device."""
 
 
 class PixelDetector:
@@ -39,27 +39,20 @@ class PixelDetector:
     """
 
     GRID = 8
-    published = True
+    standard = True
     identity = f'pixels (average-pooled to at most {GRID}x{GRID}, 0..1)'
 
-    def __init__(self, device: torch.device | str = 'cpu'):
-        del device  # nothing to place there: features are made where the images are
-
-    def num_features(self, image_shape: tuple[int, int, int]) -> int:
+    def num_features(self, image_shape: tuple[int, int, int]) -> dict[str, int]:
         """C * min(H, 8) * min(W, 8)."""
-        channels, *size = image_shape
-        height, width = self._grid(size)
-        return channels * height * width
+        channels, height, width = image_shape
+        return {'pixels': channels * min(height, self.GRID) * min(width, self.GRID)}
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pooled pixels in 0..1: uint8 [N, C, H, W] -> float32 [N, C * h * w]."""
         assert images.dtype == torch.uint8 and images.ndim == 4, f'uint8 [N, C, H, W] expected, got {images.dtype}'
-        pooled = torch.nn.functional.adaptive_avg_pool2d(images.float(), self._grid(images.shape[2:]))
-        return (pooled / 255).flatten(1)  # [N, C, h, w] -> [N, C * h * w]
-
-    def _grid(self, size) -> tuple[int, int]:
-        height, width = size
-        return min(height, self.GRID), min(width, self.GRID)
+        grid = [min(side, self.GRID) for side in images.shape[2:]]
+        pooled = torch.nn.functional.adaptive_avg_pool2d(images.float(), grid)
+        return {'pixels': (pooled / 255).flatten(1)}  # [N, C, h, w] -> [N, C * h * w]
 
 
 @dataclass(frozen=True)
@@ -80,37 +73,37 @@ class DetectorOptions:
 
 
 DETECTORS: dict[str, Callable[[torch.device | str, DetectorOptions], Detector]] = {
-    'pixels': lambda device, options: PixelDetector(device),
+    'pixels': lambda device, options: PixelDetector(),
     'inception': lambda device, options: InceptionDetector(
         device, options.inception, options.any_weights, options.offline
     ),
     'dinov2': lambda device, options: DinoDetector(device, options.dinov2, options.any_weights, options.offline),
 }
-
-
-def load_detector(name: str, device: torch.device | str = 'cpu', options: DetectorOptions | None = None) -> Detector:
-    """The detector of that name, ready for images on `device`.
-
-    Raises:
-        UserError: where there is no such detector (near names are given), or its weights are not to be had.
-    """
-    if name not in DETECTORS:
-        raise UserError(unknown_choice('detector', name, DETECTORS))
-    return DETECTORS[name](device, options or DetectorOptions())
+# Features that metrics may ask for, and the detector that gives them.
+FEATURES = {
+    'pixels': 'pixels',
+    'inception': 'inception',
+    'spatial': 'inception',
+    'classes': 'inception',
+    'dinov2': 'dinov2',
+}
 
 
 def load_detectors(
     names: Iterable[str], device: torch.device | str = 'cpu', options: DetectorOptions | None = None
 ) -> dict[str, Detector]:
-    """Several detectors, each once.
+    """The detectors of those names, each once, ready for images on `device`.
 
     Raises:
-        UserError: with the problems of all of them.
+        UserError: with the problems of all of them: no such detector, weights that are missing or not the published.
     """
     loaded, problems = {}, []
     for name in dict.fromkeys(names):
+        if name not in DETECTORS:
+            problems.append(unknown_choice('detector', name, DETECTORS))
+            continue
         try:
-            loaded[name] = load_detector(name, device, options)
+            loaded[name] = DETECTORS[name](device, options or DetectorOptions())
         except UserError as error:
             problems.extend(error.problems)
     if problems:

@@ -1,18 +1,21 @@
 """DINOv2 ViT-L/14 through the library `transformers`, as FD-DINOv2 uses it."""
 
-import hashlib
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 
+from dnnlib.download import file_sha256
 from dnnlib.errors import UserError
+from metrics.network_detector import NetworkDetector
 
 MODEL = 'facebook/dinov2-large'
+REVISION = '47b73eefe95e8d44ec3623f8890bd894b6ea2d6c'  # the file of a name may change, that of a revision not
+FILES = ('config.json', 'model.safetensors')
 ARCHITECTURE = {'hidden_size': 1024, 'num_hidden_layers': 24, 'num_attention_heads': 16, 'patch_size': 14}
 VARIABLE = 'EDM2PLUS_DINOV2'
 SIDE = 224
-AT_ONCE = 64  # images
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for pixels in 0..1
 OFFSET = 0.1  # added to the grid's side where DINOv2's authors interpolate position embeddings
 
@@ -27,8 +30,8 @@ def require_transformers() -> None:
         raise UserError('DINOv2 needs transformers: install the extra `dino` (pip install transformers)')
 
 
-class DinoDetector:
-    """CLS features of FD-DINOv2: uint8 [N, C, H, W] -> float32 [N, 1024], in full float32.
+class DinoDetector(NetworkDetector):
+    """CLS features of FD-DINOv2, in full float32: `dinov2` [N, 1024].
 
     Grayscale is replicated to three channels; bicubic resize with antialiasing to 224x224; ImageNet's mean and standard
     deviation; the CLS token after the last layer norm. Position embeddings (37x37 of them) are interpolated to the grid
@@ -38,17 +41,17 @@ class DinoDetector:
     Args:
         device: Where images will be.
         weights: Folder of the model (config.json, model.safetensors); None takes $EDM2PLUS_DINOV2, else the published
-            model by name, from the library's cache or downloaded into it.
+            model by name and revision, from the library's cache or downloaded into it.
         any_weights: Accept a model that is not a ViT-L/14.
         offline: Download nothing.
 
     Attributes:
-        identity: With a SHA-256 over all weights.
-        published: Whether the weights are those that published numbers are made with; None where a folder says so
+        identity: With the SHA-256 of model.safetensors, whatever the version of the library.
+        standard: Whether the weights are those that published numbers are made with; None where a folder says so
             of itself only.
 
     Raises:
-        UserError: where the library or the model is not to be had, or it is another network.
+        UserError: where the library or the model is not available, or it is another network.
     """
 
     def __init__(
@@ -59,8 +62,9 @@ class DinoDetector:
         offline: bool = False,
     ):
         require_transformers()
-        folder = weights or os.environ.get(VARIABLE)
-        net = load_dino(folder, offline)
+        given = weights or os.environ.get(VARIABLE)
+        folder = Path(given) if given else fetch_dino(offline)
+        net = load_dino(folder)
         config = net.config
         is_large = all(getattr(config, name) == value for name, value in ARCHITECTURE.items())
         if not is_large and not any_weights:
@@ -69,60 +73,59 @@ class DinoDetector:
                 f'patches of {config.patch_size}, not ViT-L/14 (24 layers, 1024 features, patches of 14): fd_dinov2 '
                 'would not be comparable; --any-weights measures with it all the same'
             )
-        self.published = False if not is_large else (None if folder else True)
+        self.standard = False if not is_large else (None if given else True)
         self.size = config.hidden_size
-        digest = state_sha256(net)
-        self.identity = f'dinov2 {MODEL if is_large else "(another)"} (bicubic to {SIDE}, CLS), weights {digest}'
+        digest = file_sha256(folder / FILES[1])
+        self.identity = f'dinov2 {MODEL if is_large else "(another)"} (bicubic to {SIDE}, CLS), file {digest}'
         set_position_grid(net, SIDE // config.patch_size)
         self.net = net.to(device)
         self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
 
-    def num_features(self, image_shape: tuple[int, int, int]) -> int:
+    def num_features(self, image_shape: tuple[int, int, int]) -> dict[str, int]:
         """1024, whatever the images."""
         del image_shape
-        return self.size
+        return {'dinov2': self.size}
 
-    @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Features float32 [N, 1024] of uint8 [N, C, H, W]."""
-        assert images.dtype == torch.uint8 and images.ndim == 4, f'uint8 [N, C, H, W] expected, got {images.dtype}'
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
-            return torch.cat([self._features(some) for some in images.split(AT_ONCE)])
-
-    def _features(self, images: torch.Tensor) -> torch.Tensor:
+    def _features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         x = torch.nn.functional.interpolate(images.float(), (SIDE, SIDE), mode='bicubic', antialias=True) / 255
         x = (x.expand(-1, 3, -1, -1) - self.mean) / self.std
-        return self.net(x).pooler_output.float()
+        return {'dinov2': self.net(x).pooler_output.float()}
 
 
-def load_dino(folder: str | None, offline: bool = False) -> torch.nn.Module:
-    """The model of a folder, or the published one where it is None, in evaluation mode.
-
-    With `offline` nothing is downloaded into the library's cache.
-
-    Raises:
-        UserError: where it is not to be had; it says what is needed and where to put it.
-    """
-    import transformers  # extra `dino`; takes seconds
+def fetch_dino(offline: bool = False) -> Path:
+    """The folder of the published model in the library's cache, downloaded if need be, unless `offline`."""
+    import huggingface_hub  # comes with transformers
 
     try:
-        net = transformers.Dinov2Model.from_pretrained(folder or MODEL, local_files_only=offline or folder is not None)
+        return Path(
+            huggingface_hub.snapshot_download(
+                MODEL, revision=REVISION, allow_patterns=list(FILES), local_files_only=offline
+            )
+        )
+    except Exception as error:  # of many kinds, from several libraries
+        raise UserError(_unavailable(f'{MODEL} cannot be downloaded', error)) from None
+
+
+def load_dino(folder: Path) -> torch.nn.Module:
+    """The model of a folder, in evaluation mode."""
+    import transformers  # extra `dino`; takes seconds
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        if missing := [name for name in FILES if not (folder / name).is_file()]:
+            raise FileNotFoundError(f'it has no {" and no ".join(missing)}')
+        net = transformers.Dinov2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f'the DINOv2 model {folder or MODEL} cannot be loaded: {" ".join(str(error).split())[:160]}; on a machine '
-            f'without a network, fetch config.json and model.safetensors of https://huggingface.co/{MODEL} elsewhere '
-            f'and give their folder: --dinov2=PATH or {VARIABLE}=PATH'
-        ) from None
+        raise UserError(_unavailable(f'the DINOv2 model {folder} cannot be loaded', error)) from None
     return net.float().eval().requires_grad_(False)
 
 
-def state_sha256(net: torch.nn.Module) -> str:
-    """SHA-256 over names, shapes and values of all weights, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
-        digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}\n'.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()
+def _unavailable(what: str, error: Exception) -> str:
+    return (
+        f'{what}: {" ".join(str(error).split())[:160]}; on a machine without a network, fetch {" and ".join(FILES)} of '
+        f'https://huggingface.co/{MODEL}/tree/{REVISION} elsewhere and give their folder: --dinov2=PATH or '
+        f'{VARIABLE}=PATH'
+    )
 
 
 def set_position_grid(net: torch.nn.Module, side: int) -> None:

@@ -8,20 +8,23 @@ from typing import NamedTuple
 import torch
 
 from dnnlib.errors import UserError
-from metrics.collectors import Collector, LabelledFeatures, SplitStatistics, Statistics
-from metrics.detectors import Detector, load_detectors
-from metrics.image_sets import Batch, ImageSet, format_shape
+from metrics.collectors import Sample, Sums, make_collector
+from metrics.detectors import FEATURES, Detector
+from metrics.image_sets import ImageBatch, ImageSet, format_shape
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
 
-__all__ = ['Batch', 'Gathered', 'ImageSet', 'LabelledFeatures', 'Need', 'SplitStatistics', 'Statistics', 'gather']
-
 
 class Need(NamedTuple):
-    """What a metric needs of both sets of images: a collector of the features of a detector."""
+    """What a metric needs of a set of images: a collector, one of `KINDS`, of one of `FEATURES`."""
 
-    detector: str
-    collector: type[Collector]
+    features: str
+    kind: str
+
+    @property
+    def detector(self) -> str:
+        """Name of the detector that gives these features."""
+        return FEATURES[self.features]
 
 
 @dataclass(frozen=True)
@@ -30,67 +33,69 @@ class Gathered:
 
     Attributes:
         about: What the set is.
-        identities: Identity of every detector that was used, by name; None where a published reference gives none.
+        identities: Identity of every detector that was used, by name; None where published statistics give none.
         collected: What was kept, by need.
         versions: Of the libraries that computed it.
         duplicates: How many images are copies, pixel by pixel, of another one of the set.
+        content: 16 hexadecimal digits that change with any pixel of any image; None where it is not known.
     """
 
     about: ImageSet
     identities: dict[str, str | None]
-    collected: dict[Need, Collector]
+    collected: dict[Need, Sums | Sample]
     versions: dict[str, str] = field(default_factory=library_versions)
     duplicates: int = 0
+    content: str | None = None
 
 
 def gather(
     about: ImageSet,
-    batches: Iterable[Batch],
+    batches: Iterable[ImageBatch],
     needs: Iterable[Need],
     device: torch.device | str,
-    detectors: Mapping[str, Detector] | None = None,
+    detectors: Mapping[str, Detector],
 ) -> Gathered:
     """Read a set of images once and keep what `needs` ask for. Every rank must call it, with images or without.
 
     Args:
         about: The whole set.
         batches: This rank's share; the shares of all ranks make up the set. It must not use collectives itself.
-        needs: From `needs_of`; the same on every rank.
+        needs: The same on every rank.
         device: Where features are computed and kept.
-        detectors: From `load_detectors`, on `device`; None loads what is needed.
+        detectors: From `load_detectors`, on `device`.
 
     Raises:
         UserError: on every rank, where any of them cannot read an image, meets another shape than that of the set,
-            or gets features that are not finite; also where a detector cannot be loaded.
+            or gets features that are not finite.
     """
     needs = list(dict.fromkeys(needs))
-    if detectors is None:
-        detectors = load_detectors((need.detector for need in needs), device)
     used = {need.detector: detectors[need.detector] for need in needs}
-    sizes = {name: detector.num_features(about.image_shape) for name, detector in used.items()}
-    collected = {need: need.collector(about.count, sizes[need.detector], device, used[need.detector]) for need in needs}
+    sizes = {name: size for each in used.values() for name, size in each.num_features(about.image_shape).items()}
+    collected = {need: make_collector(need.kind, about.count, sizes[need.features], device) for need in needs}
     hashes = torch.zeros(about.count, dtype=torch.int64, device=device)
-    problem = None
+    problem = ''
     try:
         for batch in batches:
             _update(about, batch, used, collected, device)
             hashes[batch.indices.to(device)] = _hash(batch.images).to(device)
     except (UserError, OSError) as error:
         problem = str(error)
-    raise_together(problem, device)
+    if problems := [text for text in distributed.gather_text(problem) if text]:
+        raise UserError(dict.fromkeys(problems), everywhere=True)
     for need, collector in collected.items():
         collector.all_reduce()
         assert collector.count == about.count, f'{need}: {collector.count} images seen of {about.count}'
-    duplicates = about.count - len(distributed.all_reduce_sum(hashes).unique())
+    hashes = distributed.all_reduce_sum(hashes).cpu()
     identities = {name: detector.identity for name, detector in used.items()}
-    return Gathered(about, identities, collected, duplicates=duplicates)
+    content = hashlib.blake2b(hashes.numpy().tobytes(), digest_size=8).hexdigest()
+    return Gathered(about, identities, collected, duplicates=about.count - len(hashes.unique()), content=content)
 
 
 def _update(
     about: ImageSet,
-    batch: Batch,
+    batch: ImageBatch,
     detectors: Mapping[str, Detector],
-    collected: dict[Need, Collector],
+    collected: Mapping[Need, Sums | Sample],
     device: torch.device | str,
 ) -> None:
     """Give one batch to every detector, and its features to the collectors that need them."""
@@ -109,30 +114,16 @@ def _update(
             'metrics need grayscale or RGB images of 8 bits (decode latents first)'
         )
     images = batch.images.to(device, non_blocking=True)
-    for name, detector in detectors.items():
-        features = detector(images)
-        bad = ~features.isfinite().all(dim=1).cpu()
+    features = {name: found for each in detectors.values() for name, found in each(images).items()}
+    for need, collector in collected.items():
+        bad = ~features[need.features].isfinite().all(dim=1).cpu()
         if bad.any():
-            i = int(bad.nonzero()[0])
-            raise UserError(f'{call(i)} of {about.name} has features that are not finite (detector {name})')
-        for need, collector in collected.items():
-            if need.detector == name:
-                collector.update(features, batch)
+            name = call(int(bad.nonzero()[0]))
+            raise UserError(f'{name} of {about.name} has features that are not finite (detector {need.detector})')
+        collector.update(features[need.features], batch)
 
 
 def _hash(images: torch.Tensor) -> torch.Tensor:
     """64 bits for each image, int64 [N]; equal images have equal ones, and others by a chance of 2^-64 a pair."""
     digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images.cpu().numpy())
     return torch.tensor([int.from_bytes(digest, 'little', signed=True) for digest in digests], dtype=torch.int64)
-
-
-def raise_together(problem: str | None, device: torch.device | str, room: int = 1024) -> None:
-    """Raise UserError on every rank if any has a problem: the others would wait for it, and only rank 0 is heard."""
-    table = torch.zeros(distributed.world_size(), room, dtype=torch.int32, device=device)
-    if problem is not None:
-        text = torch.tensor(list(problem.encode()[:room]), dtype=torch.int32, device=device)
-        table[distributed.rank(), : len(text)] = text
-    rows = distributed.all_reduce_sum(table).cpu().tolist()
-    problems = [bytes(row).rstrip(b'\0').decode(errors='ignore') for row in rows if any(row)]
-    if problems:
-        raise UserError(dict.fromkeys(problems))

@@ -13,10 +13,10 @@ class ImageSet:
 
     Attributes:
         name: The data set's name, for people.
-        count: Number of images in the whole set, over all ranks; None where a published reference does not say.
+        count: Number of images in the whole set, over all ranks; None where published statistics do not say.
         image_shape: (C, H, W) of every image; None likewise.
         num_classes: Number of classes, 0 where the images have no labels.
-        fingerprint: Changes with the images, as the data set reader says; None for images that are being made.
+        fingerprint: Changes with names and sizes of files, as the data set reader says; None for images being made.
         jpegs: How many of the files are JPEGs.
         made_with: What the data set notes of how it was made (`transform`, ...); {} where it notes nothing.
     """
@@ -30,7 +30,7 @@ class ImageSet:
     made_with: dict[str, Any] = field(default_factory=dict)
 
 
-class Batch(NamedTuple):
+class ImageBatch(NamedTuple):
     """Some images of a set.
 
     Attributes:

@@ -9,14 +9,16 @@ from torch.nn import functional as F
 
 from dnnlib.download import download, file_sha256
 from dnnlib.errors import UserError
+from metrics.inception_score import class_features
+from metrics.network_detector import NetworkDetector
 
 FILE = 'weights-inception-2015-12-05-6726825d.pth'
 URL = f'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}'
 PUBLISHED = '6726825d'  # how the SHA-256 of the published file begins; its name says so
 VARIABLE = 'EDM2PLUS_INCEPTION'
 SIDE = 299
-AT_ONCE = 64  # images: about 1 GiB of activations
 FEATURES, CLASSES = 2048, 1008
+SPATIAL = 7  # channels of the first branch of Mixed_6d, 17x17 pixels, that sFID takes
 
 
 def resize_as_tensorflow(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -192,21 +194,25 @@ class InceptionV3(nn.Module):
         self.Mixed_7c = BlockE(2048, max_pool)
         self.fc = nn.Linear(FEATURES, CLASSES)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Pooled features of images of about -1..1: [N, 3, 299, 299] -> [N, 2048]."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pooled and spatial features of images of about -1..1: [N, 3, 299, 299] -> [N, 2048], [N, 17 * 17 * 7]."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
-        return x.mean(dim=(2, 3))
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
+        spatial = x[:, :SPATIAL].permute(0, 2, 3, 1).flatten(1)  # [N, 7, 17, 17] -> [N, 17 * 17 * 7]
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
+        return x.mean(dim=(2, 3)), spatial
 
 
-class InceptionDetector:
-    """Features of FID, KID, precision and recall: uint8 [N, C, H, W] -> float32 [N, 2048], in full float32.
+class InceptionDetector(NetworkDetector):
+    """Features of FID, sFID, KID and the Inception score, in full float32.
 
+    `inception` [N, 2048] is what the last layer sees; `spatial` [N, 2023] the first 7 channels of 17x17 pixels in the
+    middle of the network (sFID: Nash et al., Generating Images with Sparse Representations, 2021; as ADM measures it);
+    `classes` [N, 1009] see `class_features`, of the last layer without its bias: the Inception score is defined so.
     Grayscale is replicated to three channels; TensorFlow 1's bilinear resize to 299x299 (each side for itself); then
     (x - 128) / 128.
 
@@ -218,11 +224,10 @@ class InceptionDetector:
 
     Attributes:
         identity: With the SHA-256 of the weights.
-        published: Whether the weights are those that published numbers are made with.
+        standard: Whether the weights are those that published numbers are made with.
 
     Raises:
-        UserError: where the file is not to be had, has another SHA-256, or is no state dict of this network.
-        OSError: where it cannot be read.
+        UserError: where the file is not available, has another SHA-256, or is no state dict of this network.
     """
 
     def __init__(
@@ -234,8 +239,8 @@ class InceptionDetector:
     ):
         path = find_weights(weights, offline)
         digest = file_sha256(path)
-        self.published = digest.startswith(PUBLISHED)
-        if not self.published and not any_weights:
+        self.standard = digest.startswith(PUBLISHED)
+        if not self.standard and not any_weights:
             raise UserError(
                 f'{path} has the SHA-256 {digest[:8]}..., not {PUBLISHED}... of the published weights ({URL}): FID '
                 'would not be FID; --any-weights measures with them all the same'
@@ -243,26 +248,16 @@ class InceptionDetector:
         self.identity = f'inception-v3 2015-12-05, FID variant (TF1 resize to {SIDE}, (x-128)/128), weights {digest}'
         self.net = load_inception(path).to(device, memory_format=torch.channels_last)
 
-    def num_features(self, image_shape: tuple[int, int, int]) -> int:
-        """2048, whatever the images."""
+    def num_features(self, image_shape: tuple[int, int, int]) -> dict[str, int]:
+        """The same whatever the images."""
         del image_shape
-        return FEATURES
+        return {'inception': FEATURES, 'spatial': SPATIAL * 17 * 17, 'classes': CLASSES + 1}
 
-    @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Features float32 [N, 2048] of uint8 [N, C, H, W]."""
-        assert images.dtype == torch.uint8 and images.ndim == 4, f'uint8 [N, C, H, W] expected, got {images.dtype}'
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
-            return torch.cat([self._features(some) for some in images.split(AT_ONCE)])
-
-    def _features(self, images: torch.Tensor) -> torch.Tensor:
+    def _features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         x = (resize_as_tensorflow(images, SIDE, SIDE) - 128) / 128
-        return self.net(x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last))
-
-    @torch.inference_mode()
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Class scores [N, 1008] of features [N, 2048], without the bias: the Inception score is defined so."""
-        return F.linear(features, self.net.fc.weight)
+        pooled, spatial = self.net(x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last))
+        classes = class_features(F.linear(pooled, self.net.fc.weight))
+        return {'inception': pooled, 'spatial': spatial, 'classes': classes}
 
 
 def find_weights(given: str | None, offline: bool = False) -> Path:

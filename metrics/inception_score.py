@@ -4,10 +4,17 @@ from typing import Any
 
 import torch
 
-from metrics.collectors import ClassScores
+from metrics.collectors import Sums
 
 
-def inception_score(real: None, images: ClassScores) -> dict[str, Any]:
+def class_features(logits: torch.Tensor) -> torch.Tensor:
+    """Class probabilities p of logits [N, K], and sum_k p_k log p_k: float64 [N, K + 1]."""
+    logarithms = logits.double().log_softmax(dim=1)
+    probabilities = logarithms.exp()
+    return torch.cat([probabilities, (probabilities * logarithms).sum(dim=1, keepdim=True)], dim=1)
+
+
+def inception_score(real: None, images: Sums) -> dict[str, Any]:
     """exp of the mean KL(p(y|x) | p(y)), within each of ten random parts of the images; mean and deviation of these.
 
         KL mean of a part = mean_x sum_k p_k log p_k - sum_k q_k log q_k,  q = mean_x p
@@ -17,15 +24,14 @@ def inception_score(real: None, images: ClassScores) -> dict[str, Any]:
 
     Args:
         real: Not used: the score knows no reference.
-        images: Sums over the images.
+        images: Of `class_features`.
 
     Returns:
         `value` from 1 to the number of classes, `std` over the parts (None for one), `splits`.
     """
     del real
-    counts = images.counts
-    marginal = images.probabilities / counts[:, None]  # q, [S, K]
-    kl = images.negentropy / counts - torch.special.xlogy(marginal, marginal).sum(dim=1)
-    scores = kl.exp()
+    means = torch.stack([group.mean for group in images.groups])  # [S, K + 1]
+    marginal, negentropy = means[:, :-1], means[:, -1]
+    scores = (negentropy - torch.special.xlogy(marginal, marginal).sum(dim=1)).exp()
     std = scores.std(correction=0).item() if len(scores) > 1 else None
     return {'value': scores.mean().item(), 'std': std, 'splits': len(scores)}

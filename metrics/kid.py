@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from metrics.collectors import FeatureSample
+from dnnlib.progress import progress
+from metrics.collectors import Sample
 
 MOST_BLOCK = 1000
 FEWEST_BLOCKS = 10
@@ -32,10 +33,12 @@ def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def kernel_distance(real: FeatureSample, images: FeatureSample) -> dict[str, Any]:
+def kernel_distance(real: Sample, images: Sample) -> dict[str, Any]:
     """KID: the mean over blocks of at most 1000 images, which share none, with its standard error.
 
     n = min(50000, number of real images, number of images) of each set make at least ten blocks, or as many as n / 2.
+    Block i of the images meets block i + 1 of the real ones: both sets are shuffled alike, and where image i of both
+    belong together (reconstructions, sets sorted by class) they would meet, and the estimate were biased.
 
     Returns:
         `value`, `standard_error` (None for a single block), `blocks`, `block_size`.
@@ -43,9 +46,11 @@ def kernel_distance(real: FeatureSample, images: FeatureSample) -> dict[str, Any
     n = min(len(real.features), len(images.features))
     size = min(MOST_BLOCK, max(n // FEWEST_BLOCKS, 2))
     blocks = n // size
-    pairs = (
-        (real.features[i * size : (i + 1) * size], images.features[i * size : (i + 1) * size]) for i in range(blocks)
-    )
-    estimates = torch.tensor([mmd2_unbiased(x, y) for x, y in pairs], dtype=torch.float64)
+    x, y = (kept.features[: blocks * size].split(size) for kept in (real, images))
+    estimates = torch.zeros(blocks, dtype=torch.float64)
+    with progress(blocks, 'kernel distance', 'blocks') as advance:
+        for i in range(blocks):
+            estimates[i] = mmd2_unbiased(x[(i + 1) % blocks], y[i])
+            advance(1)
     error = estimates.std().item() / math.sqrt(blocks) if blocks > 1 else None
     return {'value': estimates.mean().item(), 'standard_error': error, 'blocks': blocks, 'block_size': size}

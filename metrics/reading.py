@@ -1,25 +1,22 @@
-"""From stored images to a rank's batches: data sets of any reader, parts of them, and the .npz files of evaluators."""
+"""From stored images to a rank's batches: data sets of any reader, and parts of them."""
 
-import os
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Protocol
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from dnnlib.errors import UserError
-from metrics.image_sets import Batch, ImageSet
+from dnnlib.progress import progress
+from metrics.image_sets import ImageBatch, ImageSet
 from torch_utils import distributed
+from torch_utils.random import stream
 
 JPEGS = ('.jpg', '.jpeg')
 
 
 class Images(Protocol):
-    """What a reader of images offers; `dataset.reader.ImageDataset` does, and `NpzImages`.
+    """What a reader of images offers; `dataset.reader.ImageDataset` does, and `metrics.npz.NpzImages`.
 
     Attributes:
         name: For people.
@@ -44,107 +41,46 @@ class Images(Protocol):
         """uint8 [C, H, W] and the class, -1 without labels."""
 
 
-class Part:
-    """Images first..last-1 of a set, as a set of its own."""
+class Subset:
+    """Some images of a set, as a set of its own.
 
-    def __init__(self, images: Images, first: int, last: int):
-        self._images, self._first = images, first
-        self.name = f'{images.name} {first}-{last - 1}'
-        self.names = images.names[first:last]
+    Args:
+        images: The set.
+        indices: Places in it.
+        label: Tells people which, and a fingerprint.
+    """
+
+    def __init__(self, images: Images, indices: Sequence[int], label: str):
+        self._images, self._indices = images, indices
+        self.name = f'{images.name} {label}'
+        self.names = [images.names[i] for i in indices]
         self.image_shape, self.num_classes = images.image_shape, images.num_classes
-        self.fingerprint = f'{images.fingerprint} {first}-{last - 1}'
+        self.fingerprint = f'{images.fingerprint} {label}'
         self.made_with, self.encoder = getattr(images, 'made_with', {}), getattr(images, 'encoder', 'rgb')
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self._images[self._first + index]
+        return self._images[self._indices[index]]
 
 
-class NpzImages:
-    """The `.npz` that ADM's evaluator reads: `arr_0` uint8 [N, H, W, C], and perhaps labels [N] in `arr_1`.
-
-    What was stored uncompressed (as `np.savez` does) is read image by image; compressed arrays are held in memory.
-
-    Args:
-        path: The file.
-
-    Raises:
-        UserError: where it is no such file; nothing in it is unpickled.
-        OSError: where it cannot be read.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = os.fspath(path)
-        self.name = Path(self.path).name.removesuffix('.npz')
-        members = npz_members(self.path)
-        if 'arr_0' not in members:
-            raise UserError(f'{self.path} holds no images: it has no arr_0, only {", ".join(members) or "nothing"}')
-        self._array = npz_array(self.path, 'arr_0')
-        if self._array.dtype != np.uint8 or self._array.ndim != 4 or self._array.shape[3] not in (1, 3):
-            raise UserError(
-                f'{self.path} holds no images: arr_0 is {self._array.dtype} {self._array.shape}, not uint8 [N, H, W, C]'
-            )
-        self._labels = npz_array(self.path, 'arr_1') if 'arr_1' in members else None
-        count, height, width, channels = self._array.shape
-        if self._labels is not None and (self._labels.shape != (count,) or self._labels.dtype.kind not in 'iu'):
-            raise UserError(f'{self.path}: arr_1 is {self._labels.dtype} {self._labels.shape}, not a class per image')
-        if count == 0:
-            raise UserError(f'{self.path} holds no images: arr_0 is empty')
-        self.names = range(count)
-        self.image_shape = (channels, height, width)
-        self.num_classes = 0 if self._labels is None else int(self._labels.max()) + 1
-        self.fingerprint = f'crc32 {members["arr_0"]:08x}'
-
-    def __len__(self) -> int:
-        return len(self._array)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = np.array(self._array[index]).transpose(2, 0, 1)
-        return torch.from_numpy(np.ascontiguousarray(image)), -1 if self._labels is None else int(self._labels[index])
+def random_subset(images: Images, num: int, seed: int) -> Images:
+    """`num` images at random, each at most once, in the order of the set: which depends on the seed and its size."""
+    if num > len(images):
+        raise UserError(f'{images.name} has {len(images)} images, fewer than --subset={num}')
+    order = torch.randperm(len(images), generator=stream(seed, 'subset', len(images)))
+    return Subset(images, order[:num].sort().values.tolist(), f'{num} of seed {seed}')
 
 
-def npz_members(path: str | os.PathLike) -> dict[str, int]:
-    """Names of the arrays in an `.npz`, with the CRC-32 of each.
-
-    Raises:
-        UserError: where it is no zip.
-        OSError: where it cannot be read.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            return {info.filename.removesuffix('.npy'): info.CRC for info in file.infolist()}
-    except zipfile.BadZipFile as error:
-        raise UserError(f'{os.fspath(path)} is not an .npz file: {error}') from None
-
-
-def npz_array(path: str | os.PathLike, name: str) -> np.ndarray:
-    """An array of an `.npz`: mapped where it is stored uncompressed, read otherwise. Objects are refused.
-
-    Raises:
-        UserError: where it cannot be read as an array of numbers.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            info = archive.getinfo(f'{name}.npy')
-            with archive.open(info) as member:
-                version = np.lib.format.read_magic(member)
-                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                shape, fortran, dtype = header[version](member)
-                skipped = member.tell()
-            if dtype.hasobject:
-                raise ValueError('it holds objects, which are not unpickled')
-            if info.compress_type != zipfile.ZIP_STORED or 0 in shape:
-                with archive.open(info) as member:
-                    return np.lib.format.read_array(member, allow_pickle=False)
-        with open(path, 'rb') as file:
-            file.seek(info.header_offset + 26)
-            lengths = np.frombuffer(file.read(4), '<u2')  # of the name and the extra field, in the local header
-        start = info.header_offset + 30 + int(lengths.sum()) + skipped
-        return np.memmap(path, dtype, 'r', start, shape, 'F' if fortran else 'C')
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f'{os.fspath(path)}: the array {name} cannot be read: {error}') from None
+def split_evenly(images: Images, parts: int) -> list[Images]:
+    """Consecutive parts of equal size."""
+    size, rest = divmod(len(images), parts)
+    if rest:
+        raise UserError(f'{images.name} has {len(images)} images, which {parts} repeats do not divide evenly')
+    if parts == 1:
+        return [images]
+    return [Subset(images, range(i, i + size), f'{i}-{i + size - 1}') for i in range(0, len(images), size)]
 
 
 def describe(images: Images) -> ImageSet:
@@ -174,7 +110,7 @@ class _Batches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.mine)
 
-    def __getitem__(self, i: int) -> Batch | str:
+    def __getitem__(self, i: int) -> ImageBatch | str:
         if i >= len(self):
             raise IndexError(i)
         start = self.mine[i] * self.batch_size
@@ -184,7 +120,7 @@ class _Batches(torch.utils.data.Dataset):
         except (UserError, OSError) as error:
             return str(error)  # an exception would come out of a worker with its traceback in the message
         names = [str(self.images.names[k]) for k in indices.tolist()]
-        return Batch(torch.stack(pixels), torch.tensor(labels), indices, names)
+        return ImageBatch(torch.stack(pixels), torch.tensor(labels), indices, names)
 
 
 def batch_range(count: int, batch_size: int) -> range:
@@ -196,7 +132,7 @@ def batch_range(count: int, batch_size: int) -> range:
     return range(distributed.rank(), -(-count // batch_size), distributed.world_size())
 
 
-def read_batches(images: Images, batch_size: int, title: str, workers: int = 0) -> Iterator[Batch]:
+def read_batches(images: Images, batch_size: int, title: str, workers: int = 0) -> Iterator[ImageBatch]:
     """This rank's batches of a set, with a progress bar on rank 0.
 
     Args:
@@ -212,9 +148,9 @@ def read_batches(images: Images, batch_size: int, title: str, workers: int = 0) 
     loader = torch.utils.data.DataLoader(
         source, batch_size=None, num_workers=min(workers, len(source)), generator=torch.Generator()
     )
-    with tqdm(total=len(images), desc=title, unit='img', disable=True if distributed.rank() else None) as bar:
+    with progress(len(images), title, shown=distributed.rank() == 0) as advance:
         for batch in loader:
             if isinstance(batch, str):
                 raise UserError(batch)
             yield batch
-            bar.update(min(len(batch.images) * distributed.world_size(), bar.total - bar.n))
+            advance(len(batch.images) * distributed.world_size())

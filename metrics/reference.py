@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from dnnlib.errors import UserError
-from metrics.detectors import Detector, load_detectors
-from metrics.gathering import Gathered, ImageSet, Need
+from metrics.collectors import Sample, Sums, restore_collector
+from metrics.detectors import Detector
+from metrics.gathering import Gathered, Need
+from metrics.image_sets import ImageSet
 from torch_utils.tensor_files import TensorFile, save_tensors
 
 SUFFIX = '.safetensors'
@@ -16,29 +18,27 @@ KIND = 'metric reference'
 def save_reference(path: str | os.PathLike, real: Gathered) -> None:
     """Write everything in `real`, whole or not at all.
 
-    Tensors are called DETECTOR/KIND/NAME: `inception/statistics/mean` [F] and `.../scatter` [F, F] = covariance *
-    (count - 1), float64; `pixels/halves/even.mean`, ...; `inception/sample/features`. Header: kind, the fields of
+    Tensors are called FEATURES/KIND/NAME: `inception/statistics/mean` [F] and `.../scatter` [F, F] = covariance *
+    (count - 1), float64; `pixels/halves/mean` [2, F], ...; `inception/sample/features`. Header: kind, the fields of
     ImageSet (name, count, shape, fingerprint of the index, how it was made), the identity of each detector with the
-    hash of its weights, the number of duplicates, and the versions of libraries.
+    hash of its weights, the number of duplicates, the fingerprint of the pixels, and the versions of libraries.
     """
     tensors = {
-        f'{need.detector}/{need.collector.kind}/{name}': tensor
+        f'{need.features}/{need.kind}/{name}': tensor
         for need, collected in real.collected.items()
         for name, tensor in collected.to_tensors().items()
     }
-    header = {'kind': KIND, 'images': asdict(real.about), 'detectors': real.identities, 'duplicates': real.duplicates}
-    save_tensors(path, tensors, header)
+    seen = {'detectors': real.identities, 'duplicates': real.duplicates, 'content': real.content}
+    save_tensors(path, tensors, {'kind': KIND, 'images': asdict(real.about), **seen})
 
 
-def load_reference(
-    path: str | os.PathLike, needs: Iterable[Need], detectors: Mapping[str, Detector] | None = None
-) -> Gathered:
+def load_reference(path: str | os.PathLike, needs: Iterable[Need], detectors: Mapping[str, Detector]) -> Gathered:
     """Read what `needs` ask for from a file of `save_reference`.
 
     Args:
         path: The file.
-        needs: From `needs_of`.
-        detectors: From `load_detectors`: those that the images are seen by. None loads what is needed.
+        needs: Of the metrics.
+        detectors: From `load_detectors`: those that the images are seen by.
 
     Raises:
         UserError: where it is no such file, lacks what a metric needs, or was made with a detector of other identity
@@ -52,12 +52,10 @@ def load_reference(
         try:
             about = ImageSet(**{**file.header['images'], 'image_shape': tuple(file.header['images']['image_shape'])})
             identities, versions = dict(file.header['detectors']), file.header['versions']
-            duplicates = int(file.header.get('duplicates', 0))  # files of before do not say
+            duplicates, content = int(file.header.get('duplicates', 0)), file.header.get('content')  # new fields
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f'{file.path} is a damaged {KIND}: {error}') from None
         collected = {need: _read(file, need, about) for need in needs}
-    if detectors is None:
-        detectors = load_detectors(need.detector for need in needs)
     problems = [
         f'{path} was made with another detector: {identities[name]!r}, here it is {detectors[name].identity!r}; '
         'make it again from its data set'
@@ -67,11 +65,11 @@ def load_reference(
     if problems:
         raise UserError(problems)
     used = {need.detector: identities[need.detector] for need in needs}
-    return Gathered(about, used, collected, versions, duplicates)
+    return Gathered(about, used, collected, versions, duplicates, content)
 
 
-def _read(file: TensorFile, need: Need, about: ImageSet):
-    prefix = f'{need.detector}/{need.collector.kind}/'
+def _read(file: TensorFile, need: Need, about: ImageSet) -> Sums | Sample:
+    prefix = f'{need.features}/{need.kind}/'
     names = [name for name in file.names if name.startswith(prefix)]
     if not names:
         holds = ', '.join(sorted({'/'.join(name.split('/')[:2]) for name in file.names}))
@@ -80,6 +78,6 @@ def _read(file: TensorFile, need: Need, about: ImageSet):
             f'{about.name} instead'
         )
     try:
-        return need.collector.from_tensors({name.removeprefix(prefix): file.get(name) for name in names})
+        return restore_collector(need.kind, {name.removeprefix(prefix): file.get(name) for name in names})
     except KeyError as error:
         raise UserError(f'{file.path} is a damaged {KIND}: it lacks {prefix}{error.args[0]}') from None

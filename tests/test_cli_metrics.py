@@ -1,6 +1,7 @@
 """calculate_metrics.py from its command line, in one process and in two."""
 
 import hashlib
+import importlib
 import json
 import os
 import socket
@@ -16,7 +17,10 @@ import torch
 
 import calculate_metrics
 import dataset_tool
+import evaluation.measure
 import metrics.inception
+import sweep
+import train
 from dnnlib import cli
 from metrics.detectors import PixelDetector
 from networks.denoiser import Denoiser
@@ -95,7 +99,10 @@ def test_all_metrics_of_an_archive(run, tmp_path):
     assert f'{written["metrics"]["fd_pixels"]["value"]:.5f}' in second
     assert written['metrics']['class_agreement']['value'] > 0.8
     assert written['images']['count'] == 100 and written['images']['path'] == 'made'
-    assert written['reference']['name'] == 'real' and written['reference']['versions'] == written['run']['versions']
+    assert (
+        written['reference']['name'] == 'real'
+        and written['reference']['versions'].items() <= written['run']['versions'].items()
+    )
     assert written['reference']['image_shape'] == [1, 8, 8]
     assert len(written['warnings']) == 1
 
@@ -123,7 +130,7 @@ def test_other_transform_is_warned_about(run, data, tmp_path):
     reference = tmp_path / 'ref.safetensors'
     assert run('ref', f'--data={tmp_path}/center-crop.zip', f'--dest={reference}')[0] == 0
     assert TensorFile(reference).header['images']['made_with']['transform'] == 'center-crop'
-    log = f'--log={tmp_path / "log"}'
+    log = f'--record={tmp_path / "log"}'
     code, _, err = run('calc', f'--images={tmp_path}/center-crop-dhariwal.zip', f'--ref={reference}', log)
     assert code == 0 and 'transform center-crop-dhariwal, the reference center-crop with center-crop' in err
     code, _, err = run('calc', f'--images={tmp_path}/center-crop.zip', f'--ref={reference}', log)
@@ -136,20 +143,23 @@ def test_copies_in_a_reference_are_told_of_when_it_is_made_and_used(run, tmp_pat
     reference = tmp_path / 'ref.safetensors'
     code, _, err = run('ref', f'--data={folder}', f'--dest={reference}')
     assert code == 0 and err == 'warning: twice: 2 of 11 images are copies of others in it\n'
-    code, _, err = run('calc', '--images=made', f'--ref={reference}', f'--log={tmp_path / "log"}')
+    code, _, err = run('calc', '--images=made', f'--ref={reference}', f'--record={tmp_path / "log"}')
     assert code == 0 and 'twice: 2 of 11 images are copies' in err
 
 
 def test_reference_is_not_read_before_it_is_known_that_results_can_be_written(run, monkeypatch, tmp_path):
     (tmp_path / 'file').touch()
-    monkeypatch.setattr(calculate_metrics, 'gather', None)
+    monkeypatch.setattr(evaluation.measure, 'gather', None)
     code, _, err = run('calc', '--images=made', '--ref=real', f'--json={tmp_path}/file/out.json')
     assert code == 2 and f'{tmp_path}/file' in err
     log = tmp_path / 'log'
     log.touch()
-    for denied, problem in ((log, f'{log} cannot be written; choose another --log'), (tmp_path, 'out.json cannot be')):
+    for denied, problem in (
+        (log, f'{log} cannot be written; choose another --record'),
+        (tmp_path, 'out.json cannot be'),
+    ):
         monkeypatch.setattr('os.access', lambda path, mode, denied=denied: path != denied)  # root may write anywhere
-        code, _, err = run('calc', '--images=made', '--ref=real', f'--json={tmp_path}/out.json', f'--log={log}')
+        code, _, err = run('calc', '--images=made', '--ref=real', f'--json={tmp_path}/out.json', f'--record={log}')
         assert code == 2 and problem in err
 
 
@@ -167,20 +177,20 @@ def test_batch_size_does_not_matter(run, tmp_path):
         ('calc --images=absent --ref=real', 'absent'),
         ('calc --images=made --ref=absent', 'absent'),
         ('calc --images=made --ref=absent.safetensors', 'absent.safetensors'),
-        ('calc --images=made --ref=real --metrics=fd_pixel', 'did you mean fd_pixels?'),
+        ('calc --images=made --ref=real --metrics=fd_pixel', 'did you mean fd_pixels or'),
         ('calc --images=made --ref=real --batch=0', '--batch'),
         ('calc --images=made --ref=colour', 'made are 1x8x8'),
         ('calc --images=single --ref=real', 'single has 1 image'),
         ('calc --images=made --ref=single', 'single has 1 image'),
         ('calc --images=bare --ref=real --metrics=class_agreement', 'class_agreement needs labels, and bare has none'),
         ('calc --images=made --ref=bare --metrics=class_agreement', 'class_agreement needs labels, and bare has none'),
-        ('calc --images=made --ref=REF --metrics=class_agreement', 'no pixels/labelled, only pixels/halves: make it'),
+        ('calc --images=made --ref=REF --metrics=class_agreement', 'no pixels/sample, only pixels/halves: make it'),
         ('calc --images=colour --ref=REF', 'colour are 3x8x8'),
         ('calc --images=made --ref=NET', 'is not a metric reference'),
         ('calc --images=made --ref=TEXT', 'is not a metric reference'),
         ('calc --images=made --ref=REF --json=.', 'is a directory'),
         ('calc --images=made --ref=REF --json=TEXT/out.json', 'text.safetensors'),
-        ('calc --images=made --ref=REF --log=TEXT/out.jsonl', 'text.safetensors'),
+        ('calc --images=made --ref=REF --record=TEXT/out.jsonl', 'text.safetensors'),
         ('calc --images=made', 'fd_pixels needs a reference: --ref=FILE|DATASET'),
         ('calc --images=made --ref=REF --repeats=3', 'made has 100 images, which 3 repeats do not divide evenly'),
         ('calc --images=empty --ref=REF', 'empty holds no images'),
@@ -192,7 +202,7 @@ def test_batch_size_does_not_matter(run, tmp_path):
         ('calc --images=latents.zip --ref=REF --repeats=5', 'latents 0-0 holds latents'),
         ('compare latents.zip latents.zip', 'latents holds latents'),
         ('ref --data=latents.zip --dest=DIR/new.safetensors', 'latents holds latents'),
-        ('compare real made --metrics=is', 'is needs no reference: measure the images with calc or gen, without --ref'),
+        ('compare real made --metrics=is', 'is needs no reference: use calc or gen without --ref'),
         ('compare made single', 'single has 1 image'),
         ('compare made', "Missing argument 'B'"),
         ('calc --images=made --ref=REF --device=tpu9', "unknown device 'tpu9'"),
@@ -235,7 +245,9 @@ def test_help_has_an_example(run):
 WORKER = """
 import json, sys, torch
 from dnnlib.errors import UserError
-from metrics.gathering import Batch, ImageSet, LabelledFeatures, Need, SplitStatistics, gather
+from metrics.detectors import load_detectors
+from metrics.gathering import Need, gather
+from metrics.image_sets import ImageBatch, ImageSet
 from metrics.statistics import FeatureStatistics
 from torch_utils import distributed
 
@@ -255,11 +267,12 @@ found['nothing'] = nothing.count
 
 images = torch.randint(0, 256, (9, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 labels = torch.arange(9)
-split, kept = Need('pixels', SplitStatistics), Need('pixels', LabelledFeatures)
+split, kept = Need('pixels', 'halves'), Need('pixels', 'sample')
+pixels = load_detectors(['pixels'])
 
 def stream(places):
     for i in torch.tensor(places).split(2) if places else ():
-        yield Batch(images[i], labels[i], i)
+        yield ImageBatch(images[i], labels[i], i)
 
 def broken_stream():
     yield from stream([0, 1])
@@ -267,13 +280,13 @@ def broken_stream():
         raise UserError('the disk of rank 1 is gone')
 
 for name, places in {'gathered': ([0, 1, 4, 5, 8], [2, 3, 6, 7]), 'gathered alone': (list(range(9)), [])}.items():
-    collected = gather(ImageSet('some', 9, (1, 2, 2), 9), stream(places[rank]), [split, kept], 'cpu').collected
-    assert collected[kept].labels.tolist() == labels.tolist()
-    assert torch.equal(collected[kept].features, images.flatten(1).float() / 255)
-    odd = collected[split].odd
-    found[name] = [odd.count, odd.mean.tolist(), odd.scatter.tolist()]
+    collected = gather(ImageSet('some', 9, (1, 2, 2), 9), stream(places[rank]), [split, kept], 'cpu', pixels).collected
+    assert sorted(collected[kept].labels.tolist()) == labels.tolist()
+    assert torch.equal(collected[kept].features, (images.flatten(1).float() / 255)[collected[kept].labels])
+    half = collected[split].groups[0]
+    found[name] = [half.count, half.mean.tolist(), half.scatter.tolist()]
 try:
-    gather(ImageSet('some', 9, (1, 2, 2), 9), broken_stream(), [split], 'cpu')
+    gather(ImageSet('some', 9, (1, 2, 2), 9), broken_stream(), [split], 'cpu', pixels)
 except UserError as error:
     found['error'] = str(error)
 distributed.close()
@@ -318,7 +331,7 @@ def test_two_ranks_agree_with_one_and_idle_ranks_do_not_hang(tmp_path):
         np.testing.assert_allclose(mean, vectors.mean(dim=0), rtol=1e-14)
         np.testing.assert_allclose(scatter, 39 * np.cov(vectors.T), atol=1e-11)  # terms of about 40
     assert found[0]['nothing'] == 0
-    assert found[0]['gathered'][0] == 4
+    assert found[0]['gathered'][0] == 5
     for part in (1, 2):
         np.testing.assert_allclose(found[0]['gathered'][part], found[0]['gathered alone'][part], atol=1e-14)
     assert found[0]['error'] == 'the disk of rank 1 is gone'
@@ -344,35 +357,36 @@ def test_two_ranks_print_once_what_one_rank_prints(run, data, tmp_path):
 
 RANKS = """
 import json, multiprocessing, sys, torch
-from metrics.collectors import ClassScores, FeatureSample, Statistics
-from metrics.gathering import Batch, ImageSet, Need, gather
+from metrics.gathering import gather
+from metrics.image_sets import ImageBatch, ImageSet
+from metrics.inception_score import class_features
 from metrics.reading import batch_range
-from metrics.registry import METRICS, evaluate
+from metrics.registry import needs_of, select_metrics
+from metrics.results import evaluate
 from torch_utils import distributed
 
 torch.set_num_threads(1)
-images = torch.randint(0, 256, (2, 13, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+images = torch.randint(0, 256, (2, 31, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 images[1, 5] = images[1, 12]
 
 class Detector:
-    identity, published = 'exponentials', True
+    identity, standard = 'exponentials', True
     def num_features(self, shape):
-        return 4
+        return {'inception': 4, 'spatial': 4, 'classes': 5}
     def __call__(self, images):
-        return (images.flatten(1).float() / 255).exp() + 1e4
-    def logits(self, features):
-        return features - 1e4
+        x = (images.flatten(1).float() / 255).exp()
+        return {'inception': x + 1e4, 'spatial': x, 'classes': class_features(x)}
 
 def work(rank, size, folder):
     if size > 1:
         torch.distributed.init_process_group('gloo', f'file://{folder}/store{size}', rank=rank, world_size=size)
-    chosen = {name: METRICS[name] for name in ('fid', 'kid', 'is', 'precision_recall')}
-    needs = {metric.need for metric in chosen.values()}
+    chosen = select_metrics(['fid', 'kid', 'is', 'prdc', 'sfid', 'fid_infinity'])
+    needs = {*needs_of(chosen), *needs_of(chosen, reference=True)}
     def read(which):
-        for k in batch_range(13, 2):
-            i = torch.arange(2 * k, min(2 * k + 2, 13))
-            yield Batch(images[which][i], None, i)
-    sets = [gather(ImageSet('x', 13, (1, 2, 2), 0), read(k), sorted(needs, key=str), 'cpu', {'inception': Detector()})
+        for k in batch_range(31, 2):
+            i = torch.arange(2 * k, min(2 * k + 2, 31))
+            yield ImageBatch(images[which][i], None, i)
+    sets = [gather(ImageSet('x', 31, (1, 2, 2), 0), read(k), sorted(needs), 'cpu', {'inception': Detector()})
             for k in (0, 1)]
     if rank == 0:
         found = {**evaluate(chosen, *sets), 'duplicates': sets[1].duplicates}
@@ -391,7 +405,7 @@ for size in (1, 2, 8):
 
 
 def test_1_2_and_8_ranks_agree(tmp_path):
-    """13 images in 7 batches: of 8 ranks one has nothing to do."""
+    """31 images in 16 batches."""
     environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
     subprocess.run([sys.executable, '-c', RANKS, str(tmp_path)], env=environment, check=True, timeout=100)
     one, two, eight = (json.loads((tmp_path / f'{size}.json').read_text()) for size in (1, 2, 8))
@@ -421,7 +435,7 @@ def inception(weights, monkeypatch):
     return digest
 
 
-ALL = '--metrics=fid,kid,is,precision_recall'
+ALL = '--metrics=fid,kid,is,precision_recall,sfid'
 
 
 def test_all_inception_metrics_in_one_pass(run, data, tmp_path, inception, monkeypatch):
@@ -442,13 +456,13 @@ def test_all_inception_metrics_in_one_pass(run, data, tmp_path, inception, monke
 
     assert run('ref', f'--data={tmp_path / "B"}', f'--dest={ref}', ALL)[0] == 0
     assert TensorFile(ref).header['detectors']['inception'].endswith(inception)
-    code, out, err = run('calc', f'--images={tmp_path / "A"}', f'--ref={ref}', ALL, f'--log={log}')
+    code, out, err = run('calc', f'--images={tmp_path / "A"}', f'--ref={ref}', ALL, f'--record={log}')
     assert code == 0 and sum(passes) == 16, err
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines] == ['fid', 'kid', 'is', 'precision_recall']
+    assert [line.split()[0] for line in lines] == ['fid', 'kid', 'is', 'precision_recall', 'sfid']
     assert all('N=8' in line for line in lines) and 'reference' not in lines[2] and 'N=8, reference N=8' in lines[0]
     # the same images as an array
-    assert run('compare', str(tmp_path / 'B.npz'), str(tmp_path / 'A'), ALL, f'--log={log}')[0] == 0
+    assert run('compare', str(tmp_path / 'B.npz'), str(tmp_path / 'A'), ALL, f'--record={log}')[0] == 0
     records = [json.loads(line) for line in log.read_text().splitlines()]
     values = [{name: numbers['value'] for name, numbers in record['metrics'].items()} for record in records]
     assert values[0] == values[1] and values[0]['fid'] > 1e-3
@@ -480,7 +494,7 @@ def test_reference_of_other_weights_is_refused(run, data, tmp_path, inception, m
 def test_repeats_of_stored_images(run, tmp_path):
     path = tmp_path / 'out.json'
     code, out, _ = run(
-        'calc', '--images=made', '--ref=real', '--repeats=2', f'--json={path}', f'--log={tmp_path / "l"}'
+        'calc', '--images=made', '--ref=real', '--repeats=2', f'--json={path}', f'--record={tmp_path / "l"}'
     )
     record = json.loads(path.read_text())
     values = [numbers['fd_pixels']['value'] for numbers in record['runs']]
@@ -506,7 +520,7 @@ def test_generated_images_are_those_of_generate(run, network, tmp_path):
     how = [f'--net={network}', '--steps=2', '--sampler=euler', '--class=0-9', '--device=cpu']
     path = tmp_path / 'out.json'
     seeds = ['--seeds=0-19', '--repeats=2', '--batch=8']
-    code, out, err = run('gen', *how, *seeds, '--ref=real', f'--json={path}', f'--log={tmp_path / "log"}')
+    code, out, err = run('gen', *how, *seeds, '--ref=real', f'--json={path}', f'--record={tmp_path / "log"}')
     assert code == 0, err
     record = json.loads(path.read_text())
     assert record['images']['seeds'] == ['0-19', '20-39'] and 'N=20 x 2' in out
@@ -517,7 +531,7 @@ def test_generated_images_are_those_of_generate(run, network, tmp_path):
     for numbers, seeds in zip(record['runs'], (range(20), range(20, 40)), strict=True):
         images = torch.cat([batch.images for batch in generate(net, seeds, config, classes=range(10), batch_size=20)])
         folder = write_images(tmp_path / f'{seeds[0]}', images[:, 0].numpy())
-        assert run('calc', f'--images={folder}', '--ref=real', f'--json={path}', f'--log={tmp_path / "log"}')[0] == 0
+        assert run('calc', f'--images={folder}', '--ref=real', f'--json={path}', f'--record={tmp_path / "log"}')[0] == 0
         stored = json.loads(path.read_text())['metrics']['fd_pixels']['value']
         assert numbers['fd_pixels']['value'] == pytest.approx(stored, rel=1e-9)
 
@@ -545,3 +559,108 @@ def test_mistakes_about_networks(run, network, tmp_path):
     ):
         code, out, err = run('gen', f'--net={network}', '--ref=real', *arguments)
         assert (code, out, err.count('\n')) == (2, '', 1) and problem in err
+
+
+def test_scripts_that_measure_networks_have_the_same_options():
+    for command in (calculate_metrics.gen, train.main, sweep.main):
+        options = {name for parameter in command.params for name in parameter.opts}
+        assert {'--metrics', '--ref', '--inception', '--dinov2', '--any-weights'} <= options
+
+
+def test_several_references_in_one_pass(run, data, tmp_path, monkeypatch):
+    """Each reference gets the numbers that it gets alone, a line of the screen and of the record, one pass in all."""
+    passes, call = [], PixelDetector.__call__
+    monkeypatch.setattr(
+        PixelDetector, '__call__', lambda self, images: passes.append(len(images)) or call(self, images)
+    )
+    write_images(tmp_path / 'eval', np.random.default_rng(0).integers(0, 240, (50, 8, 8), np.uint8))
+    record, path = tmp_path / 'record.jsonl', tmp_path / 'out.json'
+    refs = ['real', str(tmp_path / 'eval')]
+    both = [f'--ref={ref}' for ref in refs]
+    code, out, _ = run('calc', '--images=made', *both, f'--record={record}', f'--json={path}')
+    assert code == 0 and sum(passes) == 100 + 300 + 50
+    assert [line.split()[0] for line in out.splitlines()] == ['real:', 'fd_pixels', 'eval:', 'fd_pixels']
+    records = [json.loads(line) for line in record.read_text().splitlines()]
+    assert records == json.loads(path.read_text()) and [r['reference']['name'] for r in records] == ['real', 'eval']
+    for ref, found in zip(refs, records, strict=True):
+        assert run('calc', '--images=made', f'--ref={ref}', f'--record={record}', f'--json={path}')[0] == 0
+        assert json.loads(path.read_text())['metrics'] == found['metrics']
+
+
+def test_random_subset_of_stored_images(run, tmp_path):
+    """As long as the seed is the same so is the subset; its images are some of the set's, each once."""
+    found = {}
+    for arguments in (
+        ('--subset=40',),
+        ('--subset=40', '--seed=0'),
+        ('--subset=40', '--seed=1'),
+        ('--subset=100',),
+        (),
+    ):
+        files = (f'--json={tmp_path / "out.json"}', f'--record={tmp_path / "record"}')
+        assert run('calc', '--images=made', '--ref=real', *arguments, *files)[0] == 0
+        record = json.loads((tmp_path / 'out.json').read_text())
+        found[arguments] = record['metrics']['fd_pixels']['value'], record['images']['name'], record['images']['count']
+    default, again, other, whole, without = found.values()
+    assert default == again and default[0] != other[0] and whole[0] == pytest.approx(without[0], rel=1e-9)
+    assert default[1:] == ('made 40 of seed 0', 40)
+    code, _, err = run('calc', '--images=made', '--ref=real', '--subset=101')
+    assert code == 2 and 'made has 100 images, fewer than --subset=101' in err
+    code, out, _ = run(
+        'calc', '--images=made', '--ref=real', '--subset=40', '--repeats=2', f'--record={tmp_path / "r"}'
+    )
+    assert code == 0 and 'N=20 x 2' in out
+
+
+def test_selftest(run, tmp_path):
+    """Closed forms agree, halves of digits too; what is not available is said."""
+    code, out, err = run('selftest', '--data=real', '--ref=real')
+    assert (code, err) == (0, '')
+    lines = out.splitlines()
+    assert sum(line.endswith(' ok') for line in lines) == 8 + 3 and not any('WRONG' in line for line in lines)
+    assert any('fd_pixels of real and real' in line for line in lines)
+    missing = [line for line in lines if line.startswith('not checked: ')]
+    assert 'fd_pixels: 256 images in each half are needed, there are 150' in missing[0]
+    assert any('inception' in line and 'offline forbids' in line for line in missing) and len(missing) == 3
+    assert 'not checked: detectors and published references: give --data' in run('selftest')[1]
+
+
+def test_options_are_no_abbreviations_of_torchrun_s():
+    """Before Python 3.12 its parser looks at the script's options too, and refuses what could be several of its own."""
+    from torch.distributed.run import get_args_parser
+
+    theirs = {name for action in get_args_parser()._actions for name in action.option_strings}
+    scripts = [path.stem for path in ROOT.glob('*.py')]
+    assert len(scripts) >= 7
+    for script in scripts:
+        command = importlib.import_module(script).main
+        for each in getattr(command, 'commands', {'': command}).values():
+            for option in [o for parameter in each.params for o in (*parameter.opts, *parameter.secondary_opts)]:
+                same = [name for name in theirs if option.startswith('--') and name.startswith(option)]
+                assert not same, f'{script}.py {each.name} {option}: torchrun has {same}'
+
+
+def test_torchrun_takes_all_options_of_results(data, run_script, tmp_path):
+    where = f'--record={tmp_path / "record"}'
+    measure = (
+        'calculate_metrics.py',
+        'calc',
+        '--subset=90',
+        '--seed=3',
+        f'--images={data / "made"}',
+        f'--ref={data / "real"}',
+        where,
+    )
+    process = run_script(*measure, f'--json={tmp_path / "out.json"}', ranks=2)
+    assert process.returncode == 0, process.stderr
+    assert len((tmp_path / 'record').read_text().splitlines()) == 1 and process.stdout.count('fd_pixels') == 1
+    assert json.loads((tmp_path / 'record').read_text())['run']['ranks'] == 2
+
+
+def test_one_failing_rank_is_one_line(data, tmp_path):
+    """The image that rank 1 cannot read stops both, and one of them says so."""
+    arguments = [str(ROOT / 'calculate_metrics.py'), 'calc', f'--images={data / "broken"}', f'--ref={data / "real"}']
+    endings = run_two_processes(*arguments, '--batch=3', f'--record={tmp_path / "record"}')
+    assert [code for code, _, _ in endings] == [2, 2]
+    lines = [line for _, _, err in endings for line in err.splitlines() if 'calculate_metrics' in line]
+    assert len(lines) == 1 and '000003.png is damaged' in lines[0]

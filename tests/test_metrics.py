@@ -10,20 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import metrics.detectors
 from dnnlib.errors import UserError
 from metrics.class_agreement import class_agreement, require_sklearn
-from metrics.collectors import LabelledFeatures, SplitStatistics, Statistics
-from metrics.detectors import PixelDetector, load_detector
+from metrics.collectors import Sample
+from metrics.detectors import PixelDetector, load_detectors
 from metrics.frechet import frechet_distance
-from metrics.gathering import Batch, ImageSet, Need, gather
+from metrics.gathering import Need, gather
+from metrics.image_sets import ImageBatch, ImageSet
 from metrics.reference import load_reference, save_reference
-from metrics.registry import METRICS, check_sets, evaluate, format_result, needs_of, select_metrics
+from metrics.registry import METRICS, check_sets, needs_of, select_metrics
+from metrics.results import evaluate, format_result
 from metrics.statistics import FeatureStatistics
 from torch_utils.tensor_files import save_tensors
 
-PIXEL_STATISTICS = Need('pixels', SplitStatistics)
-PIXEL_FEATURES = Need('pixels', LabelledFeatures)
+PIXEL_STATISTICS = Need('pixels', 'halves')
+PIXEL_FEATURES = Need('pixels', 'sample')
+PIXELS = {'pixels': PixelDetector()}
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -38,13 +40,13 @@ def image_set(images: torch.Tensor, num_classes: int = 0, name: str = 'some') ->
     return ImageSet(name, len(images), tuple(images.shape[1:]), num_classes)
 
 
-def batches(images: torch.Tensor, labels: torch.Tensor | None = None, size: int = 7) -> list[Batch]:
+def batches(images: torch.Tensor, labels: torch.Tensor | None = None, size: int = 7) -> list[ImageBatch]:
     places = torch.arange(len(images)).split(size)
-    return [Batch(images[i], None if labels is None else labels[i], i) for i in places]
+    return [ImageBatch(images[i], None if labels is None else labels[i], i) for i in places]
 
 
 def gathered(images: torch.Tensor, need: Need, labels: torch.Tensor | None = None, size: int = 7):
-    return gather(image_set(images), batches(images, labels, size), [need], 'cpu').collected[need]
+    return gather(image_set(images), batches(images, labels, size), [need], 'cpu', PIXELS).collected[need]
 
 
 # ---- detectors ----
@@ -54,7 +56,7 @@ def test_pixels_above_the_grid_are_averaged_by_hand():
     image = torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
     image[0, 0, 0:2, 0:2] = torch.tensor([[10, 20], [30, 40]])
     image[0, 0, 14:16, 0:2] = 255
-    features = PixelDetector()(image)
+    features = PixelDetector()(image)['pixels']
     expected = torch.zeros(8, 8)
     expected[0, 0] = 25 / 255
     expected[7, 0] = 1
@@ -72,27 +74,27 @@ def test_pixels_are_means_of_the_documented_windows(shape):
             rows = slice(i * height // 8, -(-(i + 1) * height // 8))
             columns = slice(j * width // 8, -(-(j + 1) * width // 8))
             windows[:, :, i, j] = images[:, :, rows, columns].double().mean(dim=(2, 3)).numpy() / 255
-    np.testing.assert_allclose(PixelDetector()(images), windows.reshape(2, -1), rtol=1e-6)  # float32 means
+    np.testing.assert_allclose(PixelDetector()(images)['pixels'], windows.reshape(2, -1), rtol=1e-6)  # float32 means
 
 
 def test_pixels_below_the_grid_stay():
     images = random_images(2, 3, (3, 5, 4))
-    torch.testing.assert_close(PixelDetector()(images), images.flatten(1).float() / 255, rtol=0, atol=0)
+    torch.testing.assert_close(PixelDetector()(images)['pixels'], images.flatten(1).float() / 255, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
     ('shape', 'size'), [((1, 8, 8), 64), ((3, 32, 32), 192), ((1, 64, 64), 64), ((3, 4, 100), 96), ((1, 1, 1), 1)]
 )
 def test_number_of_features_is_known_before_the_first_image(shape, size):
-    detector = load_detector('pixels')
-    features = detector(random_images(0, 2, shape))
+    detector = load_detectors(['pixels'])['pixels']
+    features = detector(random_images(0, 2, shape))['pixels']
     assert features.shape == (2, size) and features.dtype == torch.float32
-    assert detector.num_features(shape) == size
+    assert detector.num_features(shape) == {'pixels': size}
 
 
 def test_unknown_detector_names_the_near_one():
     with pytest.raises(UserError, match='did you mean pixels'):
-        load_detector('pixel')
+        load_detectors(['pixel'])
 
 
 # ---- streaming statistics ----
@@ -259,79 +261,94 @@ def test_distance_agrees_with_scipy_for_fewer_samples_than_dimensions():
 def test_gathering_does_not_depend_on_batches():
     images, labels = random_images(1, 50), torch.arange(50) % 3
     whole, pieces = (gathered(images, PIXEL_STATISTICS, labels, size) for size in (50, 3))
-    for half in ('even', 'odd'):
-        torch.testing.assert_close(getattr(whole, half).scatter, getattr(pieces, half).scatter, rtol=0, atol=1e-12)
-    assert torch.equal(
-        gathered(images, PIXEL_FEATURES, labels, 50).features, gathered(images, PIXEL_FEATURES, labels, 3).features
-    )
+    for one, other in zip(whole.groups, pieces.groups, strict=True):
+        torch.testing.assert_close(one.scatter, other.scatter, rtol=0, atol=1e-12)
+    one, other = (gathered(images, PIXEL_FEATURES, labels, size) for size in (50, 3))
+    assert torch.equal(one.features, other.features) and torch.equal(one.labels, other.labels)
 
 
-def test_halves_are_the_even_and_odd_places():
+@pytest.mark.parametrize(('kind', 'sizes'), [('statistics', [31]), ('halves', [15, 16]), ('tenths', [3] * 9 + [4])])
+def test_sums_are_of_random_groups_of_nearly_equal_size(kind, sizes):
     images = random_images(2, 31)
-    split = gathered(images, PIXEL_STATISTICS)
-    features = PixelDetector()(images).double()
-    check_against_numpy(split.even, features[0::2])
-    check_against_numpy(split.odd, features[1::2])
-    check_against_numpy(split.all(), features)
+    sums = gathered(images, Need('pixels', kind))
+    features = PixelDetector()(images)['pixels'].double()
+    assert sorted(group.count for group in sums.groups) == sizes
+    check_against_numpy(sums.union(), features)
+    places = [i for i in range(31) if sums._group[i] == 0]
+    assert len(sizes) == 1 or places not in (list(range(len(places))), list(range(0, 31, len(sizes))))
+    check_against_numpy(sums.groups[0], features[places])
+    if len(sizes) > 1:
+        check_against_numpy(sums.union(without=0), features[[i for i in range(31) if i not in places]])
 
 
-def test_features_and_labels_go_to_their_places():
+def test_features_keep_their_labels():
     images, labels = random_images(3, 10), torch.arange(10)
     shuffled = torch.randperm(10, generator=torch.Generator().manual_seed(0))
-    about = image_set(images)
-    collected = gather(about, [Batch(images[shuffled], labels[shuffled], shuffled)], [PIXEL_FEATURES], 'cpu').collected
-    assert torch.equal(collected[PIXEL_FEATURES].labels, labels)
-    assert torch.equal(collected[PIXEL_FEATURES].features, PixelDetector()(images))
+    batch = ImageBatch(images[shuffled], labels[shuffled], shuffled)
+    collected = gather(image_set(images), [batch], [PIXEL_FEATURES], 'cpu', PIXELS).collected[PIXEL_FEATURES]
+    assert sorted(collected.labels.tolist()) == list(range(10))
+    assert torch.equal(collected.features, PixelDetector()(images)['pixels'][collected.labels])
     assert (gathered(images, PIXEL_FEATURES).labels == -1).all()
 
 
+def test_content_changes_with_a_pixel_and_with_the_order():
+    images = random_images(4, 10)
+
+    def content(images: torch.Tensor, size: int = 7) -> str:
+        return gather(image_set(images), batches(images, size=size), [PIXEL_FEATURES], 'cpu', PIXELS).content
+
+    changed = images.clone()
+    changed[9, 0, 7, 7] ^= 1
+    assert len(content(images)) == 16 and content(images) == content(images.clone(), 3)
+    assert len({content(images), content(changed), content(images.flip(0)), content(images[:9])}) == 4
+
+
 def test_image_of_other_shape_is_refused():
-    stream = [*batches(random_images(1, 5)), Batch(random_images(1, 1, (1, 8, 9)), None, torch.tensor([5]))]
+    stream = [*batches(random_images(1, 5)), ImageBatch(random_images(1, 1, (1, 8, 9)), None, torch.tensor([5]))]
     about = ImageSet('odd', 6, (1, 8, 8), 0)
     with pytest.raises(UserError, match='image 5 of odd is 1x8x9'):
-        gather(about, stream, [PIXEL_STATISTICS], 'cpu')
+        gather(about, stream, [PIXEL_STATISTICS], 'cpu', PIXELS)
 
 
 def test_latents_are_refused():
     about = ImageSet('latents', 2, (4, 8, 8), 0)
-    stream = [Batch(torch.zeros(2, 4, 8, 8), None, torch.arange(2))]
+    stream = [ImageBatch(torch.zeros(2, 4, 8, 8), None, torch.arange(2))]
     with pytest.raises(UserError, match=r'latents holds 4x8x8 .* of float32; metrics need grayscale or RGB'):
-        gather(about, stream, [PIXEL_STATISTICS], 'cpu')
+        gather(about, stream, [PIXEL_STATISTICS], 'cpu', PIXELS)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
-def test_features_that_are_not_finite_name_their_image(monkeypatch, value):
+def test_features_that_are_not_finite_name_their_image(value):
     class Broken(PixelDetector):
         def __call__(self, images):
             features = super().__call__(images)
-            features[(images == 255).flatten(1).all(dim=1), 3] = value
+            features['pixels'][(images == 255).flatten(1).all(dim=1), 3] = value
             return features
 
-    monkeypatch.setitem(metrics.detectors.DETECTORS, 'broken', lambda device, options: Broken(device))
     images = random_images(1, 20)
     images[17] = 255
-    with pytest.raises(UserError, match=r'image 17 of some .*not finite.*broken'):
-        gathered(images, Need('broken', SplitStatistics))
+    with pytest.raises(UserError, match=r'image 17 of some .*not finite.*pixels'):
+        gather(image_set(images), batches(images), [PIXEL_STATISTICS], 'cpu', {'pixels': Broken()})
 
 
 # ---- class agreement ----
 
 
-def labelled(features, labels) -> LabelledFeatures:
-    collected = LabelledFeatures(len(features), features.shape[1])
+def labelled(features, labels) -> Sample:
+    collected = Sample(len(features), features.shape[1])
     collected.features[:] = torch.as_tensor(features)
     collected.labels[:] = torch.as_tensor(labels)
     return collected
 
 
 @pytest.fixture(scope='module')
-def digits() -> tuple[LabelledFeatures, LabelledFeatures]:
+def digits() -> tuple[Sample, Sample]:
     """Real handwritten digits, and others in the place of generated ones."""
     import sklearn.datasets
 
     data = sklearn.datasets.load_digits()
     images = torch.from_numpy(data.images * 15).to(torch.uint8)[:, None]  # 0..16 -> 0..240
-    features = PixelDetector()(images)
+    features = PixelDetector()(images)['pixels']
     return labelled(features[:900], data.target[:900]), labelled(features[900:], data.target[900:])
 
 
@@ -377,8 +394,8 @@ def test_agreement_by_hand():
         ([0, 1] * 4, [0], '5 real images of each class; class 0 has 4'),
         ([0] * 8, [0], 'at least two classes'),
         ([0, 1] * 5, [0, 7], 'no real image is of class 7'),
-        ([0, 1] * 5, [0, -1], 'generated image 1 has none'),
-        ([0, 1, -1] * 5, [0], 'real image 2 has none'),
+        ([0, 1] * 5, [0, -1], '1 generated images have none'),
+        ([0, 1, -1] * 5, [0], '5 real images have none'),
     ],
 )
 def test_agreement_refuses_labels_that_cannot_be_judged(real_labels, asked, problem):
@@ -405,7 +422,8 @@ def test_unknown_metrics_name_the_near_ones():
 def test_metrics_are_selected_once_in_order():
     chosen = select_metrics([' class_agreement', 'fd_pixels', 'fd_pixels '])
     assert list(chosen) == ['class_agreement', 'fd_pixels']
-    assert needs_of({**chosen, 'again': METRICS['fd_pixels']}) == [PIXEL_FEATURES, PIXEL_STATISTICS]
+    assert needs_of({**chosen, 'again': METRICS['fd_pixels']}) == [PIXEL_FEATURES, Need('pixels', 'statistics')]
+    assert needs_of(chosen, reference=True) == [PIXEL_FEATURES, PIXEL_STATISTICS]
 
 
 def test_sets_that_cannot_be_compared_are_refused_with_all_reasons():
@@ -423,11 +441,12 @@ def test_sets_that_cannot_be_compared_are_refused_with_all_reasons():
 
 
 def evaluate_fd(real_images: torch.Tensor, images: torch.Tensor):
+    chosen = select_metrics(['fd_pixels'])
     real, made = (
-        gather(image_set(group, name=name), batches(group), [PIXEL_STATISTICS], 'cpu')
+        gather(image_set(group, name=name), batches(group), needs_of(chosen, name == 'real'), 'cpu', PIXELS)
         for group, name in ((real_images, 'real'), (images, 'made'))
     )
-    return evaluate(select_metrics(['fd_pixels']), real, made)
+    return evaluate(chosen, real, made)
 
 
 def test_fd_pixels_from_first_principles():
@@ -445,7 +464,8 @@ def test_fd_pixels_from_first_principles():
     numbers = results['metrics']['fd_pixels']
     # Pixels are float32 (1e-7), and the eigenvalues that are zero here are rooted after rounding (1e-8 each).
     assert numbers['value'] == pytest.approx(direct(real, made), rel=1e-5)
-    assert numbers['real_halves'] == pytest.approx(direct(real[0::2], real[1::2]), rel=1e-5)
+    groups = gathered(real, PIXEL_STATISTICS)._group
+    assert numbers['real_halves'] == pytest.approx(direct(real[groups == 0], real[groups == 1]), rel=1e-5)
     assert (numbers['num_images'], numbers['num_reference'], numbers['real_halves_counts']) == (30, 41, [21, 20])
     line = format_result('fd_pixels', numbers)
     assert f'{numbers["value"]:.5f}' in line and 'N=30' in line and 'N=41' in line and 'N=21' in line
@@ -472,38 +492,37 @@ def test_few_images_are_warned_about():
 @pytest.fixture
 def reference_file(tmp_path):
     images = random_images(1, 25)
-    real = gather(image_set(images, num_classes=10), batches(images), [PIXEL_STATISTICS], 'cpu')
+    real = gather(image_set(images, num_classes=10), batches(images), [PIXEL_STATISTICS], 'cpu', PIXELS)
     save_reference(tmp_path / 'ref.safetensors', real)
     return tmp_path / 'ref.safetensors', real
 
 
 def test_reference_file_holds_what_was_gathered(reference_file):
     path, real = reference_file
-    loaded = load_reference(path, [PIXEL_STATISTICS])
+    loaded = load_reference(path, [PIXEL_STATISTICS], PIXELS)
     assert (loaded.about, loaded.identities, loaded.versions) == (real.about, real.identities, real.versions)
     before, after = real.collected[PIXEL_STATISTICS], loaded.collected[PIXEL_STATISTICS]
-    for half in ('even', 'odd'):
-        for field in ('mean', 'scatter'):
-            assert torch.equal(getattr(getattr(before, half), field), getattr(getattr(after, half), field))
-    assert (before.even.count, before.odd.count) == (after.even.count, after.odd.count) == (13, 12)
+    for one, other in zip(before.groups, after.groups, strict=True):
+        assert torch.equal(one.mean, other.mean) and torch.equal(one.scatter, other.scatter)
+    assert [group.count for group in after.groups] == [13, 12] and loaded.content == real.content
 
 
 def test_reference_of_another_detector_is_refused(reference_file, monkeypatch):
     path, _ = reference_file
     monkeypatch.setattr(PixelDetector, 'identity', 'pixels (another grid)')
     with pytest.raises(UserError, match=r'another detector: .pixels .average.*here it is .pixels .another grid'):
-        load_reference(path, [PIXEL_STATISTICS])
+        load_reference(path, [PIXEL_STATISTICS], PIXELS)
 
 
 def test_reference_without_what_a_metric_needs_is_refused(reference_file):
     path, _ = reference_file
     with pytest.raises(UserError, match=r'no inception/statistics, only pixels/halves'):
-        load_reference(path, [Need('inception', Statistics)])
-    with pytest.raises(UserError, match=r'no pixels/labelled.*give the data set some'):
-        load_reference(path, [PIXEL_FEATURES])
+        load_reference(path, [Need('inception', 'statistics')], PIXELS)
+    with pytest.raises(UserError, match=r'no pixels/sample.*give the data set some'):
+        load_reference(path, [PIXEL_FEATURES], PIXELS)
 
 
 def test_other_tensor_files_are_no_reference(tmp_path):
     save_tensors(tmp_path / 'net.safetensors', {'weight': torch.zeros(2)}, {'format': 'network'})
     with pytest.raises(UserError, match=r'net.safetensors is not a metric reference'):
-        load_reference(tmp_path / 'net.safetensors', [PIXEL_STATISTICS])
+        load_reference(tmp_path / 'net.safetensors', [PIXEL_STATISTICS], PIXELS)

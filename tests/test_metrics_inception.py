@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import metrics.inception
+import metrics.network_detector
 from dnnlib.errors import UserError
 from metrics.inception import (
     BlockA,
@@ -130,7 +131,8 @@ def test_chains_run_in_their_order():
     calls = []
     for name, module in net.Mixed_6c.named_children():
         module.register_forward_hook(lambda m, args, out, name=name: calls.append(name))
-    assert net(torch.zeros(2, 3, 299, 299, device='meta')).shape == (2, 2048)
+    pooled, spatial = net(torch.zeros(2, 3, 299, 299, device='meta'))
+    assert pooled.shape == (2, 2048) and spatial.shape == (2, 17 * 17 * 7)
     assert seen['Conv2d_1a_3x3'] == (32, 149, 149)
     assert seen['Conv2d_2b_3x3'] == (64, 147, 147)
     assert seen['Conv2d_4a_3x3'] == (192, 71, 71)
@@ -237,8 +239,8 @@ def test_resize_is_the_documented_formula(size):
 def test_features_are_of_the_resized_and_scaled_image(detector):
     images = random_images(4, 3, 3, 20, 30)
     with torch.inference_mode():
-        expected = detector.net((resize_as_tensorflow(images, 299, 299) - 128) / 128)
-    features = detector(images)
+        expected, _ = detector.net((resize_as_tensorflow(images, 299, 299) - 128) / 128)
+    features = detector(images)['inception']
     assert features.shape == (3, 2048) and features.dtype == torch.float32
     assert features.std(dim=0).mean() > 1e-3  # these random weights tell images apart
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
@@ -256,20 +258,40 @@ def test_scaling_is_minus_128_over_128(detector):
 
 def test_grayscale_is_replicated(detector):
     images = random_images(5, 2, 1, 16, 16)
-    torch.testing.assert_close(detector(images), detector(images.expand(-1, 3, -1, -1)), rtol=0, atol=0)
+    gray, rgb = detector(images), detector(images.expand(-1, 3, -1, -1))
+    assert all(torch.equal(gray[name], rgb[name]) for name in gray)
 
 
 def test_batches_larger_than_the_network_takes_at_once(detector, monkeypatch):
     images = random_images(6, 3, 1, 8, 8)
     whole = detector(images)
-    monkeypatch.setattr(metrics.inception, 'AT_ONCE', 2)
-    torch.testing.assert_close(detector(images), whole, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(metrics.network_detector, 'AT_ONCE', 2)
+    for name, features in detector(images).items():
+        assert features.shape == (3, detector.num_features((1, 8, 8))[name])
+        torch.testing.assert_close(features, whole[name], rtol=1e-4, atol=1e-5)
 
 
-def test_logits_have_no_bias(detector):
-    features = torch.rand(2, 2048, generator=torch.Generator().manual_seed(0))
+def test_classes_are_of_logits_without_bias(detector):
+    found = detector(random_images(7, 2, 1, 8, 8))
     fc = detector.net.fc
-    torch.testing.assert_close(detector.logits(features), fc(features) - fc.bias, rtol=1e-4, atol=1e-4)
+    logits = (fc(found['inception']) - fc.bias).double()
+    torch.testing.assert_close(found['classes'][:, :-1], logits.softmax(dim=1), rtol=1e-3, atol=1e-6)
+    negentropy = (logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
+    torch.testing.assert_close(found['classes'][:, -1], negentropy, rtol=1e-4, atol=1e-4)
+
+
+def test_spatial_features_are_the_first_seven_channels_of_a_branch(detector):
+    """What sFID sees: of Mixed_6d's 1x1 branch, after its ReLU, pixel by pixel."""
+    seen = []
+    hook = detector.net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, out: seen.append(out))
+    try:
+        spatial = detector(random_images(8, 2, 3, 20, 20))['spatial']
+    finally:
+        hook.remove()
+    assert seen[0].shape == (2, 192, 17, 17)
+    for n, channel, y, x in ((0, 0, 0, 0), (1, 6, 16, 16), (0, 3, 5, 11), (1, 2, 16, 0)):
+        assert spatial[n, (y * 17 + x) * 7 + channel] == seen[0][n, channel, y, x]
+    assert (spatial >= 0).all() and spatial.std() > 0
 
 
 # ---- weights ----
@@ -279,14 +301,14 @@ def test_other_weights_are_refused_unless_asked_for(weights, detector):
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     with pytest.raises(UserError, match=rf'SHA-256 {digest[:8]}.*not 6726825d.*--any-weights'):
         InceptionDetector('cpu', str(weights))
-    assert digest in detector.identity and detector.published is False
+    assert digest in detector.identity and detector.standard is False
 
 
 def test_published_weights_are_known_by_their_digest(weights, monkeypatch):
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     monkeypatch.setattr(metrics.inception, 'PUBLISHED', digest[:8])
     monkeypatch.setenv('EDM2PLUS_INCEPTION', str(weights))
-    assert InceptionDetector().published is True
+    assert InceptionDetector().standard is True
 
 
 def test_missing_weights_name_url_file_and_place(tmp_path, monkeypatch):

@@ -1,45 +1,52 @@
 """References of others (.npz, .pkl), image arrays in .npz files, DINOv2, warnings, and records of results."""
 
+import hashlib
+import http.server
 import json
 import pickle
 import sys
+import threading
 import types
 import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dnnlib.errors import UserError
+from dnnlib.jsonl import append_record
 from dnnlib.parsing import parse_int_list
-from metrics.collectors import FeatureSample, SplitStatistics, Statistics
-from metrics.dino import DinoDetector, load_dino, set_position_grid
-from metrics.gathering import Batch, Gathered, ImageSet, Need, gather
-from metrics.published import is_published, load_published
-from metrics.reading import NpzImages, Part, batch_range, describe, npz_array, read_batches
-from metrics.records import append_record, find_generation, format_int_list
+from evaluation.records import find_generation, format_int_list
+from metrics.baselines import BASELINES, has_statistics, load_baseline, reference_file
+from metrics.dino import DinoDetector, fetch_dino, set_position_grid
+from metrics.gathering import Gathered, Need, gather
+from metrics.image_sets import ImageBatch, ImageSet
+from metrics.inception_score import class_features
+from metrics.npz import NpzImages, npz_array
+from metrics.reading import batch_range, describe, random_subset, read_batches, split_evenly
 from metrics.reference import load_reference, save_reference
-from metrics.registry import METRICS, check_sets, evaluate, format_result, memory_notes, select_metrics, summarize
+from metrics.registry import METRICS, check_sets, memory_notes, needs_of, select_metrics
+from metrics.results import evaluate, format_result, summarize_runs
 
-FID = Need('inception', Statistics)
+FID = Need('inception', 'statistics')
 
 
 class Detector:
-    """Five numbers of each image; `published` as a test wants it."""
+    """Five numbers of each image; `standard` as a test wants it."""
 
     identity = 'five numbers'
 
-    def __init__(self, published=True):
-        self.published = published
+    def __init__(self, standard=True):
+        self.standard = standard
 
     def num_features(self, image_shape):
-        return 5
+        return {'inception': 5, 'spatial': 5, 'classes': 5}
 
     def __call__(self, images):
-        return images.flatten(1)[:, :5].float()
-
-    def logits(self, features):
-        return features
+        features = images.flatten(1)[:, :5].float()
+        return {'inception': features, 'spatial': features + 1, 'classes': class_features(features[:, :4])}
 
 
 def random_images(seed: int, count: int, shape=(1, 4, 4)) -> torch.Tensor:
@@ -47,7 +54,7 @@ def random_images(seed: int, count: int, shape=(1, 4, 4)) -> torch.Tensor:
 
 
 def gathered(images: torch.Tensor, needs=(FID,), name='some', **about) -> Gathered:
-    batches = [Batch(images[i], None, i) for i in torch.arange(len(images)).split(7)]
+    batches = [ImageBatch(images[i], None, i) for i in torch.arange(len(images)).split(7)]
     about = ImageSet(name, len(images), tuple(images.shape[1:]), 0, **about)
     return gather(about, batches, needs, 'cpu', {need.detector: Detector() for need in needs})
 
@@ -58,7 +65,7 @@ def gathered(images: torch.Tensor, needs=(FID,), name='some', **about) -> Gather
 @pytest.fixture
 def moments():
     images = gathered(random_images(0, 50))
-    statistics = images.collected[FID].all()
+    statistics = images.collected[FID].union()
     return {'mu': statistics.mean.numpy(), 'sigma': statistics.covariance().numpy()}
 
 
@@ -78,8 +85,8 @@ def write(path, moments, form):
 )
 def test_published_statistics_give_what_ours_give(tmp_path, moments, name, form):
     path = write(tmp_path / name, moments, form)
-    assert is_published(path)
-    published = load_published(path, [FID], {'inception': Detector()})
+    assert has_statistics(path)
+    published = load_baseline(path, [FID], {'inception': Detector()})
     ours, images = gathered(random_images(0, 50)), gathered(random_images(1, 30))
     fid = select_metrics(['fid'])
     expected = evaluate(fid, ours, images)['metrics']['fid']
@@ -103,25 +110,25 @@ def test_published_statistics_give_what_ours_give(tmp_path, moments, name, form)
 def test_damaged_statistics_are_refused(tmp_path, moments, change, problem, form):
     path = write(tmp_path / f'x.{"npz" if form == "npz" else "pkl"}', {**moments, **change}, form)
     with pytest.raises(UserError, match=problem):
-        load_published(path, [FID], {'inception': Detector()})
+        load_baseline(path, [FID], {'inception': Detector()})
 
 
 def test_statistics_without_what_a_metric_needs_are_refused(tmp_path, moments):
     path = write(tmp_path / 'a.npz', moments, 'npz')
     with pytest.raises(UserError, match='covariances of inception only, and a metric needs dinov2/statistics'):
-        load_published(path, [Need('dinov2', Statistics)], {'dinov2': Detector()})
+        load_baseline(path, [Need('dinov2', 'statistics')], {'dinov2': Detector()})
     with pytest.raises(UserError, match='needs inception/sample'):
-        load_published(path, [Need('inception', FeatureSample)], {'inception': Detector()})
+        load_baseline(path, [Need('inception', 'sample')], {'inception': Detector()})
     (tmp_path / 'list.pkl').write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(UserError, match='no entry fid or fd_dinov2'):
-        load_published(tmp_path / 'list.pkl', [FID], {'inception': Detector()})
+        load_baseline(tmp_path / 'list.pkl', [FID], {'inception': Detector()})
 
 
 def test_published_statistics_need_published_weights(tmp_path, moments):
     path = write(tmp_path / 'a.npz', moments, 'npz')
     with pytest.raises(UserError, match='published weights of inception, and here it has others: five numbers'):
-        load_published(path, [FID], {'inception': Detector(published=False)})
-    assert load_published(path, [FID], {'inception': Detector(published=None)})
+        load_baseline(path, [FID], {'inception': Detector(standard=False)})
+    assert load_baseline(path, [FID], {'inception': Detector(standard=None)})
 
 
 def test_pickles_that_would_run_code_are_refused(tmp_path):
@@ -131,14 +138,88 @@ def test_pickles_that_would_run_code_are_refused(tmp_path):
 
     (tmp_path / 'evil.pkl').write_bytes(pickle.dumps({'fid': Evil()}))
     with pytest.raises(UserError, match='print'):
-        load_published(tmp_path / 'evil.pkl', [FID], {'inception': Detector()})
+        load_baseline(tmp_path / 'evil.pkl', [FID], {'inception': Detector()})
+
+
+SPATIAL = Need('spatial', 'statistics')
+
+
+def test_spatial_statistics_of_adm(tmp_path, moments):
+    """Its files hold mu_s and sigma_s beside mu and sigma, and images too."""
+    moved = {'mu_s': moments['mu'] + 1, 'sigma_s': moments['sigma']}
+    np.savez(tmp_path / 'adm.npz', arr_0=np.zeros((3, 4, 4, 3), np.uint8), **moments, **moved)
+    assert has_statistics(tmp_path / 'adm.npz')
+    published = load_baseline(str(tmp_path / 'adm.npz'), [FID, SPATIAL], {'inception': Detector()})
+    chosen = select_metrics(['sfid', 'fid'])
+    images = gathered(random_images(1, 30), needs_of(chosen))
+    numbers = evaluate(chosen, published, images)['metrics']
+    assert numbers['sfid']['value'] == pytest.approx(numbers['fid']['value'], rel=1e-9)  # both are shifted by 1
+    assert numbers['fid']['value'] > 1 and len(NpzImages(tmp_path / 'adm.npz')) == 3
+
+
+# ---- baselines ----
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch, moments):
+    """A server of this test that has what `BASELINES` names, and its number of requests."""
+    write(tmp_path / 'img64.pkl', moments, 'nested')
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args):
+            requests.append(self.path)
+
+    monkeypatch.setenv('EDM2PLUS_CACHE', str(tmp_path / 'cache'))
+    for name in ('http_proxy', 'https_proxy', 'all_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY'):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
+        thread.start()
+        url = f'http://127.0.0.1:{server.server_port}/img64.pkl'
+        monkeypatch.setitem(BASELINES, 'edm2-img64', replace(BASELINES['edm2-img64'], url=url))
+        yield requests
+        server.shutdown()
+        thread.join()
+
+
+def test_baselines_are_downloaded_once_and_known(published, moments):
+    with pytest.raises(UserError, match=r'img64.pkl is not in the download cache .*--offline forbids'):
+        load_baseline('edm2-img64', [FID], {'inception': Detector()}, offline=True)
+    for offline in (False, True):
+        real = load_baseline('edm2-img64', [FID], {'inception': Detector()}, offline)
+    assert published == ['/img64.pkl'] and reference_file('edm2-img64', offline=True).name == 'img64.pkl'
+    assert (real.about.name, real.about.count, real.about.image_shape) == ('edm2-img64', 1_281_167, (3, 64, 64))
+    np.testing.assert_array_equal(real.collected[FID].union().covariance().numpy(), moments['sigma'])
+    images = gathered(random_images(0, 40, (3, 32, 32)), name='made', made_with={'transform': 'center-crop'})
+    warnings = evaluate(select_metrics(['fid']), real, images)['warnings']
+    assert any('3x32x32' in w and 'edm2-img64 3x64x64' in w for w in warnings)
+    assert any('transform center-crop, the reference edm2-img64 with center-crop-dhariwal' in w for w in warnings)
+    path = reference_file('edm2-img64', offline=True)
+    path.write_bytes(path.read_bytes() + b'!')
+    with pytest.raises(UserError, match='SHA-256'):
+        load_baseline('edm2-img64', [FID], {'inception': Detector()}, offline=True)
+
+
+def test_baselines_lie_at_encrypted_places_and_near_names_are_told(tmp_path, monkeypatch):
+    assert set(BASELINES) == {'edm2-img64', 'edm2-img512', 'edm-cifar10', 'edm-imagenet64', 'adm-imagenet256'}
+    for baseline in BASELINES.values():
+        assert baseline.url.startswith('https://') and baseline.url.endswith(('.pkl', '.npz'))
+    with pytest.raises(UserError, match=r'edm2-img46 is no file or folder.*did you mean edm2-img64'):
+        reference_file('edm2-img46')
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'edm2-img64').mkdir()  # what lies here comes first
+    assert reference_file('edm2-img64') == Path('edm2-img64')
 
 
 # ---- our own files ----
 
 
 def test_reference_with_several_kinds(tmp_path):
-    needs = [FID, Need('inception', FeatureSample), Need('inception', SplitStatistics)]
+    needs = [FID, Need('inception', 'sample'), Need('inception', 'halves')]
     real = gathered(random_images(0, 50), needs, made_with={'transform': 'center-crop'}, fingerprint='abc')
     save_reference(tmp_path / 'ref.safetensors', real)
     loaded = load_reference(tmp_path / 'ref.safetensors', needs, {'inception': Detector()})
@@ -202,11 +283,24 @@ def test_other_npz_files_are_refused(tmp_path, pictures):
 def test_parts_and_workers(tmp_path, pictures):
     np.savez(tmp_path / 'made.npz', pictures)
     images = NpzImages(tmp_path / 'made.npz')
-    part = Part(images, 3, 6)
+    _, part, _ = split_evenly(images, 3)
     assert len(part) == 3 and torch.equal(part[0][0], images[3][0]) and part.fingerprint != images.fingerprint
     (batch,) = read_batches(part, 4, 'part', workers=1)
     assert torch.equal(batch.images[2], images[5][0]) and batch.names == ['3', '4', '5']
     assert describe(part).count == 3
+
+
+def test_random_subsets(tmp_path, pictures):
+    np.savez(tmp_path / 'made.npz', pictures)
+    images = NpzImages(tmp_path / 'made.npz')
+    some, same, other = (random_subset(images, 4, seed) for seed in (5, 5, 6))
+    assert some.names == same.names == sorted(set(some.names)) and len(some) == 4 and some.names != other.names
+    assert all(torch.equal(some[i][0], images[some.names[i]][0]) for i in range(4))
+    assert random_subset(images, 9, 0).names == list(range(9))
+    counts = torch.zeros(9)
+    for seed in range(300):
+        counts[random_subset(images, 3, seed).names] += 1
+    assert (counts - 100).abs().max() < 35  # binomial of 300 and 1/3: deviation 8
 
 
 def test_batches_are_the_same_for_any_number_of_ranks(monkeypatch):
@@ -269,6 +363,31 @@ def test_few_images_are_counted(enough):
     assert '2047 images of some' in warning and 'fid' in warning
 
 
+def test_every_statistic_that_few_images_move_warns_of_them(enough):
+    """FID by its bias, the Inception score by the opposite one, overlap, and the extrapolation; KID has none."""
+    chosen = select_metrics(['fid', 'kid', 'is', 'prdc', 'fid_infinity'])
+    real, images = (gathered(each, {*needs_of(chosen), *needs_of(chosen, True)}) for each in enough)
+    warnings = evaluate(chosen, real, images)['warnings']
+    assert [w.split(':')[0] for w in warnings] == ['is', 'prdc', 'fid_infinity']
+    for warning, text in zip(
+        warnings, ('below 20000 it is biased downwards', 'below 10000 all', 'below 5000'), strict=True
+    ):
+        assert text in warning and '2048 images of some' in warning
+
+
+def test_any_statistic_of_any_features():
+    """Names are STATISTIC_FEATURES, with the field's own names for some; one row makes all of a statistic."""
+    assert METRICS['fid'] is METRICS['fd_inception'] and METRICS['sfid'] is METRICS['fd_spatial']
+    assert METRICS['precision_recall'] is METRICS['prdc'] is METRICS['prdc_inception']
+    for statistic in ('fd', 'fd_infinity', 'kid', 'prdc'):
+        for features in ('inception', 'dinov2', 'pixels'):
+            metric = METRICS[f'{statistic}_{features}']
+            assert metric.need.features == metric.reference.features == features
+    images = gathered(random_images(0, 40), [METRICS['kid'].need, METRICS['fid'].need])
+    one, other = (METRICS[name].statistic.compute for name in ('kid_dinov2', 'kid'))
+    assert one is other and images.collected[METRICS['kid'].need].count == 40
+
+
 def test_metrics_without_a_reference():
     need = METRICS['is'].need
     images = gathered(random_images(0, 30), [need])
@@ -281,17 +400,17 @@ def test_metrics_without_a_reference():
 def test_memory_is_told_before_it_is_taken():
     chosen = select_metrics(['fid', 'kid', 'precision_recall'])
     note, more = memory_notes(chosen, 1_281_167, 50_000, {'inception': 2048})
-    assert note == 'kid, precision_recall: keeps features, 0.76 GiB on every rank'  # 2 * 50000 * 2048 * 4 / 2^30
+    assert note == 'kid, precision_recall: keeps 0.76 GiB on every rank'  # 2 * 50000 * 2048 * 4 / 2^30
     # 60,000 float64 vectors, and three blocks of 2^24 distances: (60000 * 2048 + 3 * 2^24) * 8 / 2^30
     assert more == 'precision_recall: 1.29 GiB more on rank 0 while it is computed'
     (note,) = memory_notes(chosen, 50_000, None, {'inception': 2048})  # of a reference
-    assert note == 'kid, precision_recall: keeps features, 0.38 GiB on every rank'
+    assert note == 'kid, precision_recall: keeps 0.38 GiB on every rank'
     assert memory_notes(select_metrics(['kid']), None, 100, {'inception': 2048}) == []
 
 
 def test_repeats_are_summed_up():
     runs = [{'metrics': {'fid': {'value': value}}} for value in (2.0, 1.5, 2.5)]
-    summary = summarize({'fid': METRICS['fid']}, runs)
+    summary = summarize_runs({'fid': METRICS['fid']}, runs)
     assert summary == {'fid': {'value': {'min': 1.5, 'mean': 2.0, 'max': 2.5, 'spread': 1.0}}}
 
 
@@ -348,10 +467,21 @@ def test_dino_features_are_the_cls_token(tiny_dino):
     set_position_grid(net, 16)
     with torch.no_grad():
         expected = net(x).last_hidden_state[:, 0]
-    assert detector.num_features((1, 20, 30)) == 32 and detector.published is False
-    torch.testing.assert_close(detector(images), expected, rtol=1e-4, atol=1e-5)
+    assert detector.num_features((1, 20, 30)) == {'dinov2': 32} and detector.standard is False
+    torch.testing.assert_close(detector(images)['dinov2'], expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match=r'not ViT-L/14.*--any-weights'):
         DinoDetector('cpu', tiny_dino)
+
+
+def test_dino_is_known_by_its_file(tiny_dino, tmp_path, monkeypatch):
+    """Versions of the library call its parameters by other names; the file stays. A pickle is not taken for it."""
+    file = Path(tiny_dino) / 'model.safetensors'
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert DinoDetector('cpu', tiny_dino, any_weights=True).identity.endswith(f'file {digest}')
+    (tmp_path / 'config.json').write_text((Path(tiny_dino) / 'config.json').read_text())
+    (tmp_path / 'pytorch_model.bin').write_bytes(b'')
+    with pytest.raises(UserError, match=r'cannot be loaded: it has no model\.safetensors.*--dinov2=PATH'):
+        DinoDetector('cpu', str(tmp_path), any_weights=True)
 
 
 class Positions(torch.nn.Module):
@@ -379,15 +509,16 @@ def test_missing_dino_says_what_is_needed(tmp_path, monkeypatch):
         select_metrics(['fd_dinov2'])
 
 
-def test_offline_dino_comes_from_the_cache_only(monkeypatch):
-    def from_pretrained(name, local_files_only):
-        raise OSError(f'{name} {local_files_only}')
+def test_published_dino_is_asked_for_by_its_revision(monkeypatch):
+    def snapshot_download(name, revision, allow_patterns, local_files_only):
+        raise OSError(f'{name} {revision} {sorted(allow_patterns)} {local_files_only}')
 
-    library = types.SimpleNamespace(Dinov2Model=types.SimpleNamespace(from_pretrained=from_pretrained))
-    monkeypatch.setitem(sys.modules, 'transformers', library)
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
     for offline in (True, False):
-        with pytest.raises(UserError, match=f'facebook/dinov2-large {offline}'):
-            load_dino(None, offline)
+        files = r"\['config.json', 'model.safetensors'\]"
+        with pytest.raises(UserError, match=f'facebook/dinov2-large [0-9a-f]{{40}} {files} {offline}.*--dinov2=PATH'):
+            fetch_dino(offline)
 
 
 def test_absent_dino_names_url_files_and_place(tmp_path):

@@ -1,9 +1,10 @@
 """What makes a result repeatable: a line in metrics.jsonl with everything that it depends on."""
 
 import datetime
+import importlib.metadata
 import json
-import os
 import shlex
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -28,8 +29,26 @@ def describe_run(device: torch.device, batch_size: int) -> dict[str, Any]:
         'ranks': distributed.world_size(),
         'batch': batch_size,
         'most_features': MOST_FEATURES,
-        'versions': library_versions(),
+        'versions': {**library_versions(), **{name: _version(name) for name in ('pillow', 'transformers')}},
+        'commit': find_commit(),
     }
+
+
+def find_commit() -> str | None:
+    """The git commit that this code is of, with `-dirty` where files differ from it; None without git."""
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--match=']
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def find_generation(images: str) -> dict[str, Any] | None:
@@ -64,17 +83,3 @@ def format_int_list(numbers: list[int]) -> str:
         else:
             runs.append([number, number])
     return ','.join(str(first) if first == last else f'{first}-{last}' for first, last in runs)
-
-
-def append_record(path: str | os.PathLike, record: dict[str, Any]) -> None:
-    """Add a line of JSON to a file, in one write, after what is there.
-
-    Raises:
-        OSError: naming the file, where it cannot be written.
-    """
-    line = json.dumps(record) + '\n'
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
