@@ -23,7 +23,7 @@ from dataset.sources.table import EMBEDDED, SOURCES, balanced_order, class_lines
 from dnnlib import cli
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder
-from dnnlib.images import image_grid, save_png
+from dnnlib.images import captioned, image_grid, save_png
 from networks.encoders import DEFAULT_VAE, load_encoder
 from torch_utils import distributed
 from torch_utils.parallel import default_workers
@@ -195,7 +195,9 @@ def info(source: str, sheet: str | None, workers: int | None) -> None:
     if sheet:
         blank = np.full_like(next(iter(kept.values())), 128)  # as the gaps are
         pictures = np.stack([blank if i is None else kept[i] for i in on_sheet])
-        save_png(sheet, image_grid(pictures, columns, zoom=max(1, 64 // pictures.shape[2])))
+        grid = image_grid(pictures, columns, zoom=max(1, 64 // pictures.shape[2]))
+        few = images.class_names is not None and len(np.unique(images.labels)) == columns
+        save_png(sheet, captioned(grid, [images.class_names[i] for i in np.unique(images.labels)]) if few else grid)
         print(f'{sheet}: {len(kept)} of the images')
 
 

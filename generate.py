@@ -8,18 +8,18 @@ import click
 from tqdm import tqdm
 
 from dnnlib import cli
-from dnnlib.download import file_sha256, local_file
+from dnnlib.download import file_sha256
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder
 from dnnlib.parsing import parse_grid
 from networks.denoiser import Denoiser
 from networks.encoders import Encoder, load_encoder
-from networks.files import NetworkInfo, load_network
+from networks.files import NetworkInfo, load_network, network_path
 from networks.published.models import models_table, resolve_model
 from sampling.config import SamplerConfig
-from sampling.options import sampler_config, sampler_options, take_sampler_flags
+from sampling.options import parse_classes, sampler_config, sampler_options, take_sampler_flags
 from sampling.output import ImageWriter, finish, image_name, is_complete, missing_seeds, prepare
-from sampling.pictures import check_trajectory, default_layout, draw_grid, draw_trajectory
+from sampling.pictures import check_trajectory, column_names, default_layout, draw_grid, draw_trajectory
 from sampling.pipeline import check_fit, choose_labels, count_evaluations, sample, trajectory
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
@@ -45,7 +45,8 @@ def print_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
 
 
 @click.command(epilog=EPILOG)
-@click.option('--net', 'net_path', metavar='FILE|URL', help='Network file, or a published EDM2 pickle.')
+@click.option('--net', 'net_path', metavar='FILE|DIR|URL', help='Network file, a run folder for its newest, or a '
+              'published EDM2 pickle.')  # fmt: skip
 @click.option('--gnet', 'gnet_path', metavar='FILE|URL|self',
               help='Guiding network: unconditional, or weaker; "self" is the main one with its labels dropped, '
                    'for networks that were trained with some of them dropped.')  # fmt: skip
@@ -56,7 +57,8 @@ def print_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
 @click.option('--outdir', required=True, metavar='DIR', help='Where the images go; DIR-grid.png shows them at once.')
 @click.option('--seeds', type=cli.INTS, required=True, help='One image for each, such as 0-99 or 1,2,5-10.')
 @click.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds.')
-@click.option('--class', 'classes', type=cli.INTS, help='Class, or classes to cycle through; by default random.')
+@click.option('--class', 'classes', metavar='LIST', help='Numbers or names of classes to cycle through, such as 0-9 or '
+              'cat,dog; by default random.')  # fmt: skip
 @click.option('--batch', type=click.IntRange(min=1), default=64, show_default=True, help='Images at a time.')
 @sampler_options
 @click.option('--skip-existing', is_flag=True, help='Continue: keep the images that are there.')
@@ -103,10 +105,12 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
         distributed.barrier()
         if distributed.rank() == 0:
             names = [image_name(seed, job.record['subdirs']) for seed in seeds]
-            draw_grid(Path(f'{folder}-grid.png'), folder, names, layout or default_layout(seeds, job.classes))
+            rows, columns = layout or default_layout(seeds, job.classes)
+            captions = column_names(seeds, job.classes, job.class_names, columns)
+            draw_grid(Path(f'{folder}-grid.png'), folder, names, (rows, columns), captions)
             if film is not None:
                 draw_trajectory(film, trajectory(job.net, seeds[:TRAJECTORY_SEEDS], *job.how, job.encoder))
-            finish(folder, job.record, choose_labels(job.net.config, seeds, None, job.classes))
+            finish(folder, job.record, choose_labels(job.net.config, seeds, None, job.classes), job.class_names)
             click.echo(summary(folder, job.record, len(seeds) - len(missing)))
 
 
@@ -146,6 +150,7 @@ class Job:
         encoder: Makes images of samples.
         batch: Images at a time.
         record: What generation.json says.
+        class_names: Of all classes, where the network file has them.
     """
 
     net: Denoiser
@@ -153,6 +158,7 @@ class Job:
     encoder: Encoder
     batch: int
     record: dict[str, Any]
+    class_names: tuple[str, ...]
 
     @property
     def classes(self) -> list[int] | None:
@@ -182,6 +188,7 @@ def load(
     if gnet_path != SELF:
         guiding_net, guiding_info = load_network(gnet_path, device, precision, offline) if gnet_path else (None, None)
     config = sampler_config(sampler_flags, weight, info.sampler)
+    classes = parse_classes(classes, info.class_names)
     check_fit(net, guiding_net, config, classes)
     check_encoders(info, guiding_info)
     encoder = load_encoder(info.encoder, device, vae)
@@ -206,12 +213,12 @@ def load(
         'world_size': distributed.world_size(),
         'versions': library_versions(),
     }
-    return Job(net, (config, guiding_net, classes), encoder, batch, record)
+    return Job(net, (config, guiding_net, classes), encoder, batch, record, info.class_names)
 
 
 def describe(path: str, info: NetworkInfo) -> dict[str, Any]:
     """What generation.json says of a network file."""
-    return {'file': path, 'sha256': file_sha256(local_file(path)), **info.to_header()}
+    return {'file': path, 'sha256': file_sha256(network_path(path)), **info.to_header()}
 
 
 def check_encoders(info: NetworkInfo, guiding_info: NetworkInfo | None) -> None:

@@ -1,11 +1,16 @@
 """Pictures as NumPy arrays: grids and PNG files."""
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 
 from dnnlib.files import atomic_path
+
+CAPTION = 14  # pixels, height of a line of text
 
 
 def image_grid(images: np.ndarray, columns: int, zoom: int = 1, gap: int = 2) -> np.ndarray:
@@ -28,6 +33,17 @@ def image_grid(images: np.ndarray, columns: int, zoom: int = 1, gap: int = 2) ->
         y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
         grid[y : y + height, x : x + width] = image
     return grid
+
+
+def captioned(grid: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """The same grid, uint8 [H, W, C], below a line of text for each of its columns, cut to their width."""
+    width = grid.shape[1] / len(captions)
+    strip = PIL.Image.new('L', (grid.shape[1], CAPTION), 255)
+    for i, caption in enumerate(captions):
+        cell = PIL.Image.new('L', (int(width) - 2, CAPTION), 255)
+        PIL.ImageDraw.Draw(cell).text((1, 1), caption, fill=0, font=PIL.ImageFont.load_default())
+        strip.paste(cell, (round(i * width), 0))
+    return np.concatenate([np.asarray(strip)[:, :, None].repeat(grid.shape[2], axis=2), grid])
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:

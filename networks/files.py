@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch_utils.pickles import looks_like_pickle
 from torch_utils.tensor_files import TensorFile, save_tensors
 
 KIND = 'network file'
+_NAME = re.compile(r'(?!training-state).+-(\d{7,})(-[^-]+)?\.safetensors$')  # PREFIX-KIMG-STD, or PREFIX-KIMG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,7 @@ class NetworkInfo:
         ema_lengths: Patterns of parameter names and their lengths, where they differ.
         ema_halflife: Half-life of a traditional EMA, in images.
         sampler: How it is sampled where nothing else is asked for: `sampling.config.SamplerConfig` as plain values.
+        class_names: Of all classes, where the training data named them.
     """
 
     config: NetworkConfig
@@ -43,6 +47,7 @@ class NetworkInfo:
     ema_lengths: tuple[tuple[str, float], ...] | None = None
     ema_halflife: int | None = None
     sampler: dict[str, Any] = dataclasses.field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
 
     def to_header(self) -> dict[str, Any]:
         """As plain values; `from_header` is its inverse."""
@@ -71,6 +76,7 @@ class NetworkInfo:
                 None if lengths is None else tuple((str(pattern), float(std)) for pattern, std in lengths),
                 header.get('ema_halflife'),
                 header.get('sampler', {}),
+                tuple(map(str, header.get('class_names', ()))),
             )
         except KeyError as error:
             raise UserError(f'{path}: the header lacks {error.args[0]!r}') from None
@@ -104,18 +110,37 @@ class PublishedNetworkFile(PublishedFile):
         self.info = NetworkInfo(self.config, self.nimg, self.ema_std, self.preset, self.dataset, self.encoder)
 
 
+def network_path(source: str | os.PathLike, offline: bool = False) -> Path:
+    """The network file that a path or URL names, downloaded if need be; of a run folder, its newest one.
+
+    Of files of the same training time, that is the one written last: a reconstruction, where there are some.
+
+    Raises:
+        UserError: where a folder holds none, or a URL is not available.
+    """
+    path = local_file(source, offline)
+    if not path.is_dir():
+        return path
+    found = [
+        (int(match[1]), file.stat().st_mtime, file) for file in path.iterdir() if (match := _NAME.match(file.name))
+    ]
+    if not found:
+        raise UserError(f'there is no network file in the folder {path}')
+    return max(found)[2]
+
+
 def open_network(source: str | os.PathLike, offline: bool = False) -> NetworkFile | PublishedNetworkFile:
     """Open a network file: ours, or a published pickle, of which no code is run.
 
     Args:
-        source: Path or https URL; see `dnnlib.download` for what becomes of the latter.
+        source: Path of a file or of a run folder, or https URL; see `dnnlib.download` for what becomes of the latter.
         offline: Only look for a URL in the download cache.
 
     Raises:
         UserError: where it is no network file, or not available.
         OSError: where it cannot be read.
     """
-    path = local_file(source, offline)
+    path = network_path(source, offline)
     with open(path, 'rb') as file:
         published = looks_like_pickle(file.read(8))
     return (PublishedNetworkFile if published else NetworkFile)(path)

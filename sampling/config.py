@@ -9,9 +9,11 @@ import torch
 from diffusion.preconditioning import Preconditioning
 from diffusion.schedules import DISCRETIZATIONS, EDM
 from dnnlib.configs import from_json, tagged, to_json
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, unknown_choice
 from sampling.samplers import Heun
 from sampling.table import SAMPLERS
+
+NOISE_DEVICES = ('cpu', 'cuda')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class SamplerConfig:
         disc: Where the noise levels lie, see `diffusion.schedules`.
         guidance: Weight of the main network against the guiding one; 1 is no guidance.
         guidance_interval: Noise levels (low, high] at which there is guidance.
+        noise_device: Where random numbers are drawn, `cpu` or `cuda`.
     """
 
     steps: int = 32
@@ -31,6 +34,7 @@ class SamplerConfig:
     disc: Any = tagged(DISCRETIZATIONS, default=EDM())
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, math.inf)
+    noise_device: str = 'cpu'
 
     def sigmas(self, preconditioning: Preconditioning | None = None) -> torch.Tensor:
         """The noise levels, float64 [steps + 1], the last one 0; within the range that the network knows, if given."""
@@ -66,6 +70,8 @@ class SamplerConfig:
         low, high = self.guidance_interval
         if not 0 <= low < high:
             found.append(f'the guidance interval must be LO,HI with 0 <= LO < HI, not {low:g},{high:g}')
+        if self.noise_device not in NOISE_DEVICES:
+            found.append(unknown_choice('noise device', self.noise_device, NOISE_DEVICES))
         return [*found, *self.disc.problems(), *self.sampler.problems()]
 
     def check(self) -> 'SamplerConfig':

@@ -4,7 +4,8 @@ Each is a field of `SamplerConfig`, or of a sampler or a discretization, whose f
 """
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -12,7 +13,8 @@ import click
 from diffusion.schedules import DISCRETIZATIONS
 from dnnlib import cli
 from dnnlib.configs import replaced, tag_of
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, quoted, unknown_choice
+from dnnlib.parsing import parse_int_list
 from sampling.config import SamplerConfig
 from sampling.table import SAMPLERS
 
@@ -43,6 +45,8 @@ def sampler_options(command: Callable) -> Callable:
         click.option('--steps', type=int, help='Sampling steps.  [default: what the network file says, or 32]'),
         click.option('--guidance-interval', type=cli.FLOATS, metavar='LO,HI',
                      help='Guide at noise levels in (LO, HI] only, such as 0.19,1.61; by default at all.'),
+        click.option('--noise-device', metavar='cpu|cuda', help='Where random numbers are drawn: cuda gives the images '
+                     'that EDM and EDM2 give for a seed.  [default: cpu, the same on every machine]'),
         click.option('--disc', metavar='|'.join(DISCRETIZATIONS),
                      help='Where the noise levels lie.  [default: what the network file says, or edm]'),
     ]  # fmt: skip
@@ -91,9 +95,39 @@ def sampler_config(
     return replaced(config, changes).check()
 
 
+def parse_classes(text: str | None, names: Sequence[str]) -> list[int] | None:
+    """Classes as `--class` gives them: `3`, `0-9`, `cat,dog`; a number is an index, a name is one of the network's.
+
+    Raises:
+        UserError: where a name is not that of a class.
+    """
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in [text] if text in names else text.split(','):
+        if re.fullmatch(r'\s*\d+(-\d+)?\s*', part):
+            found += parse_int_list(part)
+        elif part.strip() in names:
+            found.append(list(names).index(part.strip()))
+        else:
+            raise UserError(
+                unknown_choice('class', part.strip(), names)
+                if names
+                else f'the network file names no classes; give --class as numbers, such as 0-9, not {quoted(part)}'
+            )
+    return found
+
+
 def take_sampler_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """Take the values of `sampler_options` out of a command's flags."""
-    names = ['sampler', 'steps', 'guidance_interval', 'disc', *(name for f in _owned().values() for name in f)]
+    names = [
+        'sampler',
+        'steps',
+        'guidance_interval',
+        'noise_device',
+        'disc',
+        *(name for f in _owned().values() for name in f),
+    ]
     return {name: flags.pop(name) for name in dict.fromkeys(names)}
 
 

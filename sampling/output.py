@@ -195,20 +195,22 @@ def read_images(folder: Path, names: Sequence[str]) -> Iterable[np.ndarray]:
         yield pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def finish(folder: Path, record: dict[str, Any], labels: torch.Tensor | None) -> None:
+def finish(folder: Path, record: dict[str, Any], labels: torch.Tensor | None, class_names: Sequence[str] = ()) -> None:
     """Write what follows the last image: dataset.json, the npz where that is asked for, the completed record.
 
     Args:
         folder: Holds all images.
         record: As in `prepare`.
         labels: Class of each seed, int64 [N], or None.
+        class_names: Of all classes, where they have names.
     """
     names = [image_name(seed, record['subdirs']) for seed in record['seeds']]
     if record['format'] == 'npz':
         write_npz(folder / PACKED, read_images(folder, names), len(names), labels)
     else:
         classes = None if labels is None else [list(pair) for pair in zip(names, labels.tolist(), strict=True)]
-        write_json(folder / LABELS, {'labels': classes})
+        named = {'class_names': list(class_names)} if class_names and classes else {}
+        write_json(folder / LABELS, {'labels': classes, **named})
     write_json(folder / RECORD, {'complete': True, **record})
     if record['format'] == 'npz':
         for name in names:

@@ -1,5 +1,6 @@
 """Pictures of generated images: a grid of the first ones, and how they came about step by step."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_path
-from dnnlib.images import image_grid, save_png, to_pil
+from dnnlib.images import captioned, image_grid, save_png, to_pil
 from sampling.output import read_images
 
 DEFAULT_ROWS = 10
@@ -18,17 +19,32 @@ MOVING, STRIP = '.gif', '.png'
 
 def default_layout(seeds: list[int], classes: list[int] | None) -> tuple[int, int]:
     """(rows, columns) that show the first images: a column for each class where classes are cycled in order."""
-    cycle = len(classes) if classes else 0
-    aligned = 1 < cycle <= 20 and all(seed % cycle == i % cycle for i, seed in enumerate(seeds))
-    columns = min(cycle if aligned else 10, len(seeds))
+    columns = min(len(classes) if classes and _cycled(seeds, classes) else 10, len(seeds))
     return min(DEFAULT_ROWS, -(-len(seeds) // columns)), columns
 
 
-def draw_grid(path: Path, folder: Path, names: list[str], layout: tuple[int, int]) -> None:
-    """Show the first rows x columns of the named images in one PNG, row by row."""
+def column_names(
+    seeds: list[int], classes: list[int] | None, class_names: Sequence[str], columns: int
+) -> list[str] | None:
+    """The names of the classes that the columns of a grid show, where each shows one."""
+    if not class_names or not classes or len(classes) != columns or not _cycled(seeds, classes):
+        return None
+    return [class_names[classes[seed % columns]] for seed in seeds[:columns]]
+
+
+def _cycled(seeds: list[int], classes: list[int]) -> bool:
+    cycle = len(classes)
+    return 1 < cycle <= 20 and all(seed % cycle == i % cycle for i, seed in enumerate(seeds))
+
+
+def draw_grid(
+    path: Path, folder: Path, names: list[str], layout: tuple[int, int], captions: list[str] | None = None
+) -> None:
+    """Show the first rows x columns of the named images in one PNG, row by row; captions are those of the columns."""
     rows, columns = layout
     pixels = np.stack(list(read_images(folder, names[: rows * columns])))
-    save_png(path, image_grid(pixels, columns, _zoom(pixels.shape[1])))
+    grid = image_grid(pixels, columns, _zoom(pixels.shape[1]))
+    save_png(path, captioned(grid, captions) if captions else grid)
 
 
 def check_trajectory(path: Path) -> None:

@@ -50,7 +50,7 @@ class GeneratedImages:
 
 
 class Streams:
-    """The random numbers of some images: a generator each, on the CPU, so that an image depends on its seed alone.
+    """The random numbers of some images: a generator each, so that an image depends on its seed alone.
 
     A seed gives the latent first, then the class, then the noise of every step, in EDM's order. The class is drawn also
     where another one is asked for: noise does not depend on that. (A generator for each image means a call for each.)
@@ -58,19 +58,22 @@ class Streams:
     Args:
         seeds: One per image.
         config: Of the network; gives shape and number of classes.
+        device: Where they are drawn. A GPU's differ from a CPU's; EDM and EDM2 draw on a GPU.
     """
 
-    def __init__(self, seeds: Sequence[int], config: NetworkConfig):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Sequence[int], config: NetworkConfig, device: torch.device | str = 'cpu'):
+        self.device = device
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.shape = config.image_shape
         self.latents = self.normal()
         self.drawn = torch.zeros(len(seeds), dtype=torch.int64)
         if config.label_dim:
-            self.drawn = torch.cat([torch.randint(config.label_dim, (1,), generator=g) for g in self.generators])
+            drawn = [torch.randint(config.label_dim, (1,), generator=g, device=device) for g in self.generators]
+            self.drawn = torch.cat(drawn).cpu()
 
     def normal(self) -> torch.Tensor:
         """Fresh noise, float32 [N, C, H, W]."""
-        noise = torch.empty(len(self.generators), *self.shape)
+        noise = torch.empty(len(self.generators), *self.shape, device=self.device)
         for row, generator in zip(noise, self.generators, strict=True):
             torch.randn(self.shape, generator=generator, out=row)
         return noise
@@ -185,7 +188,7 @@ def _sample_batch(
     observe: Observe | None = None,
 ) -> Samples:
     net = portions[0].net
-    streams = Streams(seeds, net.config)
+    streams = Streams(seeds, net.config, config.noise_device)
     labels = choose_labels(net.config, seeds, streams, classes)
     one_hot = None if labels is None else torch.nn.functional.one_hot(labels, net.config.label_dim)
     one_hot = None if one_hot is None else one_hot.float().to(net.device)
@@ -241,6 +244,8 @@ def check_fit(
 ) -> None:
     """Check that the classes exist and that the networks go together."""
     found, label_dim = [], net.config.label_dim
+    if config.noise_device == 'cuda' and not torch.cuda.is_available():
+        found.append('there is no GPU here to draw noise on; without --noise-device=cuda it is drawn on the CPU')
     if config.guidance != 1 and guiding_net is None:
         found.append('guidance other than 1 needs a guiding network: --gnet=FILE, or --gnet=self to drop the labels')
     if classes is not None and not label_dim:

@@ -53,12 +53,14 @@ class Churned(Sampler):
         S_churn: Amount over the whole trajectory.
         S_min, S_max: Noise levels at which it is added, ends included.
         S_noise: Standard deviation of the added noise relative to the exact one.
+        noise_always: Whether a seed's noise is drawn at every step, used or not, as EDM does; EDM2 draws what it uses.
     """
 
     S_churn: float = option(0.0, 'Noise added on the way.')
     S_min: float = option(0.0, 'Lowest noise level of churn.')
     S_max: float = option(math.inf, 'Highest one.')
     S_noise: float = option(1.0, 'Inflation of added noise.')
+    noise_always: bool = option(False, 'Draw noise also where none is added, as EDM does and EDM2 does not.')
 
     def gamma(self, sigma: float, num_steps: int) -> float:
         """Relative increase of the noise level before a step that begins at `sigma`."""
@@ -83,9 +85,8 @@ class Churned(Sampler):
         """Raise x from `sigma` to sigma (1 + gamma) (EDM algorithm 2, lines 4 to 6); return it with its noise level.
 
         A denoiser that knows some noise levels only tells the nearest one by its `round`.
-        Noise is drawn at every step, used or not, so that the stream of a seed does not depend on S_min and S_max.
         """
-        if self.S_churn == 0:
+        if self.S_churn == 0 or not (self.noise_always or self.S_min <= sigma <= self.S_max):
             return x, sigma
         assert noise is not None, 'churn needs a source of noise'
         epsilon = noise(x)

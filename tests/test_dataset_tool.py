@@ -20,6 +20,7 @@ from dataset.making.transforms import normalize
 from dataset.reader import ImageDataset
 from dataset.sources.table import balanced_order, open_source
 from dnnlib import cli
+from dnnlib.images import CAPTION
 
 ROOT = Path(__file__).parent.parent
 
@@ -404,9 +405,9 @@ def test_info(tmp_path, photos, capsys):
     assert f'mean {scaled.mean():.3f}, std {scaled.std():.3f}\n' in output
     assert 'class 0 (ant): 4 images\nclass 1 (bee): 2 images\nclass 2 (cat): 6 images\n' in output
     sheet = np.asarray(PIL.Image.open(tmp_path / 'sheets' / 'sheet.png'))
-    assert sheet.shape == (6 * (48 + 2) - 2, 3 * (64 + 2) - 2, 3)
+    assert sheet.shape == (CAPTION + 6 * (48 + 2) - 2, 3 * (64 + 2) - 2, 3)
     classes = [{6, 7, 8, 9}, {10, 11}, {0, 1, 2, 3, 4, 5}]  # by their red, in columns
-    rows = [[sheet[50 * row, 66 * k, 0] for k in range(3)] for row in range(6)]
+    rows = [[sheet[CAPTION + 50 * row, 66 * k, 0] for k in range(3)] for row in range(6)]
     for k, column in enumerate(zip(*rows, strict=True)):
         assert set(column) - {128} == classes[k] and set(column[: len(classes[k])]) == classes[k]  # 128 is empty
     assert f'{tmp_path}/sheets/sheet.png: 12 of the images' in output

@@ -17,18 +17,24 @@ import torch
 from click.testing import CliRunner
 
 import generate as script
+from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
+from dnnlib.images import CAPTION
 from dnnlib.parsing import parse_grid
 from networks.denoiser import Denoiser
 from networks.encoders import PixelEncoder
-from networks.files import NetworkInfo, save_network
+from networks.files import NetworkInfo, load_network, network_path, save_network
 from sampling import output
 from sampling.config import SamplerConfig
+from sampling.options import parse_classes
 from sampling.pipeline import sample
 from tests.conftest import ROOT
 from tests.helpers import edm2_network, needs_compiler
 
 LABELLED = edm2_network((8, 8), 1, 10, 16, (1, 2), 1, (4,), 16)
+
+
+NAMES = ('zero', 'one', 'two', 'three', 'four', 'five, or so', 'six', 'seven', 'eight', 'nine')
 
 
 def make_network(path, config=LABELLED, seed=0, encoder='rgb'):
@@ -38,7 +44,8 @@ def make_network(path, config=LABELLED, seed=0, encoder='rgb'):
     for name, p in net.named_parameters():
         if name.endswith('emb_gain'):
             torch.nn.init.ones_(p)
-    save_network(path, net.state_dict(), NetworkInfo(config, 1000, 0.1, 'edm2plus-digits', 'digits', encoder))
+    save_network(path, net.state_dict(), NetworkInfo(config, 1000, 0.1, 'edm2plus-digits', 'digits', encoder,
+                                                 class_names=NAMES[: config.label_dim]))  # fmt: skip
     return path
 
 
@@ -96,7 +103,7 @@ def test_record(generate, nets, tmp_path):
         content = (nets / f'{file}.safetensors').read_bytes()
         assert record[which]['sha256'] == hashlib.sha256(content).hexdigest() and record[which]['nimg'] == 1000
     assert record['sampler'] == {
-        'steps': 9, 'sampler': {'name': 'dpm++2m'}, 'guidance': 2, 'guidance_interval': [0.1, 3],
+        'steps': 9, 'sampler': {'name': 'dpm++2m'}, 'guidance': 2, 'guidance_interval': [0.1, 3], 'noise_device': 'cpu',
         'disc': {'name': 'edm', 'sigma_min': 0.002, 'sigma_max': 80, 'rho': 7},
     }  # fmt: skip
     # Of the levels 80, 39, 17.5, 7.1, 2.52, 0.74, 0.17, 0.026 and 0.002 three are in (0.1, 3].
@@ -346,6 +353,33 @@ def test_bad_words(generate, tmp_path):
     for text in ('4', '4x', 'x4', '-1x2', '1x2x3', ''):
         with pytest.raises(UserError, match='ROWSxCOLS'):
             parse_grid(text)
+
+
+def test_classes_by_name(generate, tmp_path):
+    generate('--class=two,5-6', seeds='0-5')
+    saved = json.loads((tmp_path / 'out/dataset.json').read_text())
+    assert [label for _, label in saved['labels']] == [2, 5, 6, 2, 5, 6] and saved['class_names'] == list(NAMES)
+    assert ImageDataset(tmp_path / 'out').class_names == list(NAMES)
+    grid = pixels(tmp_path / 'out-grid.png')
+    assert grid.shape[0] == 2 * 66 - 2 + CAPTION and 0 < (grid[:CAPTION, :66] < 128).sum() < 200
+    assert parse_classes('five, or so', NAMES) == [5] and parse_classes('1,nine', NAMES) == [1, 9]
+    with pytest.raises(UserError, match=r"unknown class 'sevn'; did you mean seven"):
+        generate('--class=sevn', out='other')
+    with pytest.raises(UserError, match=r'names no classes; give --class as numbers'):
+        parse_classes('cat', ())
+
+
+def test_newest_network_of_a_run_folder(tmp_path):
+    with pytest.raises(UserError, match='no network file in the folder'):
+        network_path(tmp_path)
+    names = ['network-snapshot-0000048-0.050', 'phema-0000049-0.120', 'network-snapshot-0000049-0.100',
+             'training-state-0000050', 'phema-0000012-0.300']  # fmt: skip
+    for i, name in enumerate(names):
+        (tmp_path / f'{name}.safetensors').touch()
+        os.utime(tmp_path / f'{name}.safetensors', (0, 100 - i))
+    assert network_path(tmp_path).stem == 'phema-0000049-0.120'
+    make_network(network_path(tmp_path))
+    assert load_network(tmp_path)[1].nimg == 1000
 
 
 @needs_compiler

@@ -116,7 +116,10 @@ def test_unconditional_networks(tmp_path):
         ('edm2-img512-xxl-0939524-0.070.pkl', (896 * 2**20, 0.070, 'edm2-img512-xxl')),
         ('edm2-img512-xs-uncond-0134217-0.110.pkl', (2**27, 0.110, 'edm2-img512-xs-uncond')),
         ('raw-snapshots/edm2-img64-s/network-snapshot-0008388-0.050.pkl', (2**23, 0.050, 'edm2-img64-s')),
-        ('runs/x/network-snapshot-0008389-0.100.pkl', (8389000, 0.100, '')),
+        ('runs/x/network-snapshot-0008389-0.100.pkl', (8192 * 1024 + 1024, 0.100, '')),
+        ('runs/x/network-snapshot-0000524-0.100.pkl', (512 * 1024, 0.100, '')),  # every 512 Ki
+        ('runs/x/network-snapshot-0001572-0.100.pkl', (1536 * 1024, 0.100, '')),
+        ('runs/x/network-snapshot-0000042-0.100.pkl', (42000, 0.100, '')),  # no multiple of 1024 up to 42999
         ('weights.pkl', (0, None, '')),
     ],
 )

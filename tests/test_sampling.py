@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,7 +17,7 @@ from networks.files import NetworkInfo, save_network
 from sampling import pipeline
 from sampling.config import SamplerConfig
 from sampling.guidance import guide
-from sampling.pipeline import count_evaluations, generate, sample, trajectory
+from sampling.pipeline import Streams, count_evaluations, generate, sample, trajectory
 from sampling.portions import portion_size
 from sampling.samplers import DPMpp2M, Euler, Heun
 from sampling.table import SAMPLERS
@@ -90,22 +91,6 @@ def test_euler_with_churn():
     raised = 1 + math.sqrt(hat**2 - 4) * 1.1
     first = raised + (1 - hat) * (raised - raised * 0.25 / (hat**2 + 0.25)) / hat
     assert x == pytest.approx(first * 0.25 / (1 + 0.25), rel=1e-12)
-
-
-@pytest.mark.parametrize('name', ['heun', 'euler'])
-def test_noise_is_drawn_at_every_step(name):
-    # As EDM does it: the stream of a seed does not depend on S_min and S_max.
-    draws = []
-
-    def noise(x):
-        draws.append(1)
-        return torch.zeros_like(x)
-
-    solve = SAMPLERS[name]()
-    quiet = SAMPLERS[name](10, S_min=100)(gaussian(0.25), ONE, edm_sigmas(6), noise)
-    assert len(draws) == 6 and torch.equal(quiet, solve(gaussian(0.25), ONE, edm_sigmas(6)))
-    solve(gaussian(0.25), ONE, edm_sigmas(6), noise)
-    assert len(draws) == 6
 
 
 class Counted:
@@ -306,6 +291,29 @@ def test_defaults_are_edm2s():
     config = SamplerConfig()
     assert (config.steps, config.disc, config.guidance) == (32, EDM(0.002, 80, 7), 1)
     assert config.sampler == Heun(0, 0, math.inf, 1)
+
+
+@pytest.mark.parametrize('sampler', [Heun, Euler])
+def test_noise_is_drawn_where_each_family_draws_it(sampler):
+    sigmas = torch.tensor([4.0, 2.0, 1.0, 0.5, 0.0])
+    for always, inside in ((False, 2), (True, 4)):
+        noise = unittest.mock.Mock(side_effect=torch.ones_like)
+        churn = sampler(S_churn=1, S_min=1, S_max=2, noise_always=always)
+        assert churn(gaussian(0.25), ONE * 4, sigmas, noise).isfinite() and noise.call_count == inside
+    plain = sampler(noise_always=True)
+    assert torch.equal(plain(gaussian(0.25), ONE * 4, sigmas), sampler()(gaussian(0.25), ONE * 4, sigmas))
+
+
+def test_noise_of_a_gpu(net):
+    with pytest.raises(UserError, match="unknown noise device 'gpu'"):
+        SamplerConfig(noise_device='gpu').check()
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match='no GPU here to draw noise on'):
+            images_of(net, [0], sampler={'noise_device': 'cuda'})
+        return
+    streams = Streams([3, 4], net.config, 'cuda')
+    generator = torch.Generator('cuda').manual_seed(4)
+    assert torch.equal(streams.latents[1], torch.randn(streams.shape, generator=generator, device='cuda'))
 
 
 def test_churn_bounds_are_inclusive():

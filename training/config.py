@@ -20,6 +20,7 @@ from training.optimizer import Optimizer
 FREE_TO_CHANGE = {
     'data',
     'dataset',
+    'class_names',
     'duration',
     'slice',
     'snapshot',
@@ -88,6 +89,7 @@ class TrainConfig:
         data: Path of the dataset archive.
         dataset: Name of the dataset.
         fingerprint: Of the dataset's content.
+        class_names: Of its classes, where they have names.
         encoder: What turns the network's output into images, as the dataset says; see `networks.encoders`.
         micro_batch: Images that one rank processes at once; None for as many as its share of the batch.
         snapshot, checkpoint, status, preview: Intervals of EMA snapshots, full states, status lines, sample grids.
@@ -119,6 +121,7 @@ class TrainConfig:
     data: str = ''
     dataset: str = ''
     fingerprint: str = ''
+    class_names: tuple[str, ...] = ()
     encoder: str = 'rgb'
     micro_batch: int | None = None
     snapshot: int = 8 * 2**20

@@ -163,7 +163,8 @@ class TrainState:
         """
         config, kimg, dtype = self.config, f'{self.nimg // KIMG:07d}', PRECISIONS[self.config.snapshot_precision]
         about = (config.preset, config.dataset, config.encoder)
-        info = NetworkInfo(config.network, self.nimg, None, *about, sampler=config.sampler.to_json())
+        sampler, names = config.sampler.to_json(), config.class_names
+        info = NetworkInfo(config.network, self.nimg, None, *about, sampler=sampler, class_names=names)
         averages = [
             (f'network-snapshot-{kimg}-{std:.3f}', average, dataclasses.replace(info, ema_std=std))
             for std, average in self.ema.averages.items()

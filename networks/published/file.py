@@ -13,7 +13,6 @@ from networks.published.reader import find_tensors, read_published, to_object
 
 # By the class of its `ema`: what a file becomes, (network, content) -> (config, name of the encoder).
 FAMILIES = {'Precond': edm2.describe}
-Mi = 2**20
 
 
 class PublishedFile:
@@ -23,7 +22,7 @@ class PublishedFile:
         path: As given.
         config: The network's.
         nimg, ema_std, preset: As the file's name says: it is the only place that does. 0, None and '' where it
-            does not. Names count thousands of images; the time is taken to be the whole number of Mi that fits.
+            does not. Names count thousands of images, rounded down; the time is the next multiple of 1024.
         dataset: Name of the data it was trained on, '' where the file does not say.
         encoder: A name of `networks.encoders.ENCODERS`.
         names: Names of the tensors, sorted.
@@ -79,6 +78,6 @@ def describe_name(path: str | os.PathLike) -> tuple[int, float | None, str]:
     if match is None:
         return 0, None, ''
     name, kimg, std = match[1], int(match[2][:12]), float(match[3][:12])
-    nimg = -(-kimg * 1000 // Mi) * Mi
+    nimg = -(-kimg * 1000 // 1024) * 1024  # exact: batches are multiples of 1024, so one such is in the thousand
     preset = name if name != 'network-snapshot' else path.absolute().parent.name
     return nimg if nimg // 1000 == kimg else kimg * 1000, std, preset if preset.startswith('edm2-') else ''

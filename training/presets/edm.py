@@ -24,6 +24,9 @@ NETWORKS = {
 }
 
 
+HEUN = Heun(noise_always=True)  # so that seeds agree with EDM's where there is churn
+
+
 def _preset(
     architecture: SongConfig | ADMConfig, side: int, label_dim: int, augment: EDMAugment | None, lr: float,
     batch: int, iterations: int, halflife: int, sampler: SamplerConfig, result: str, **changes,
@@ -48,13 +51,13 @@ def _preset(
 
 def _cifar10(network: str, label_dim: int, result: str) -> TrainConfig:
     architecture = dataclasses.replace(NETWORKS[network], channel_mult=(2, 2, 2), dropout=0.13)
-    sampler = SamplerConfig(steps=18)
+    sampler = SamplerConfig(18, HEUN)
     return _preset(architecture, 32, label_dim, EDMAugment(0.12), 1e-3, 512, 390_625, 500_000, sampler, result)
 
 
 def _faces(network: str, dropout: float, result: str) -> TrainConfig:
     architecture = dataclasses.replace(NETWORKS[network], channel_mult=(1, 2, 2, 2), dropout=dropout)
-    sampler = SamplerConfig(steps=40)
+    sampler = SamplerConfig(40, HEUN)
     return _preset(architecture, 64, 0, EDMAugment(0.15), 2e-4, 256, 781_250, 500_000, sampler, result)
 
 
@@ -75,7 +78,7 @@ _TABLE_2 = {
 #     torchrun --nnodes=4 --nproc_per_node=8 train.py --preset=edm-imagenet64-adm --data=imagenet64.zip --outdir=runs/x
 _IMAGENET64 = _preset(
     ADMConfig(), 64, 1000, None, 1e-4, 4096, 610_352, 50_000_000,
-    SamplerConfig(256, Heun(S_churn=40.0, S_min=0.05, S_max=50.0, S_noise=1.003)),
+    SamplerConfig(256, dataclasses.replace(HEUN, S_churn=40.0, S_min=0.05, S_max=50.0, S_noise=1.003)),
     'FID 1.36', precision='fp16', loss_scaling=100.0,
 )  # fmt: skip
 
@@ -92,7 +95,7 @@ _DIGITS = TrainConfig(
     method=DenoisingConfig(LogNormal(-1.2, 1.2)),
     ema=Averages(halflife=4 * 1024),
     augment=EDMAugment(),
-    sampler=SamplerConfig(steps=18),
+    sampler=SamplerConfig(18, HEUN),
     snapshot=2 * 1024,
     checkpoint=16 * 1024,
     status=1024,

@@ -62,7 +62,12 @@ def make_config(
             label_dim=dataset.num_classes,
         )
         config = dataclasses.replace(
-            config, data=data, dataset=dataset.name, fingerprint=dataset.fingerprint, encoder=dataset.encoder
+            config,
+            data=data,
+            dataset=dataset.name,
+            fingerprint=dataset.fingerprint,
+            class_names=tuple(dataset.class_names or ()) if cond else (),
+            encoder=dataset.encoder,
         )
     if not cond:
         network = dataclasses.replace(network, label_dim=0)
