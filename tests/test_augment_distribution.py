@@ -2,7 +2,7 @@
 
 import torch
 
-from training.augment_distribution import COLOURS, DistributionAugment
+from dataset.augment.distribution import COLOURS, DistributionAugment
 
 N = 4000
 IMAGES = torch.arange(27.0).reshape(1, 3, 3, 3).repeat(N, 1, 1, 1)

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
+from dataset.augment import warp
+from dataset.augment.edm import TRANSFORMS, EDMAugment, apply
 from dnnlib.errors import UserError
 from tests.conftest import ROOT
-from training import augment_warp as warp
-from training.augment_edm import TRANSFORMS, EDMAugment, apply
 
 EVERY = EDMAugment(p=1.0, **{name: 1.0 for name in TRANSFORMS if name != 'xflip'})
 GOLDEN = json.loads((ROOT / 'tests/golden/edm.json').read_text())['augment']

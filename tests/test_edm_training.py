@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dataset.augment.edm import TRANSFORMS, EDMAugment
 from diffusion import levels, preconditioning, weightings
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
@@ -12,7 +13,6 @@ from networks.edm.song import SongConfig
 from networks.files import load_network
 from tests.helpers import state_tensors
 from tests.test_training import assert_same_gradients, train_on_one_and_two_ranks
-from training.augment_edm import TRANSFORMS, EDMAugment
 from training.config import Averages
 from training.methods.denoising import DenoisingConfig, DenoisingLoss
 from training.monitor.log import read_stats

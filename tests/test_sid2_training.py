@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from dataset.augment.distribution import DistributionAugment
 from dataset.reader import ImageDataset
 from diffusion.logsnr import Cosine, logsnr_of
 from diffusion.preconditioning import EDM
@@ -19,7 +20,6 @@ from networks.files import load_network
 from sampling.samplers import Ancestral
 from tests.helpers import make_archive, state_tensors
 from tests.test_sid2 import TINY
-from training.augment_distribution import DistributionAugment
 from training.initial import check_initial
 from training.methods.denoising import DenoisingConfig
 from training.optimizer import Optimizer

@@ -5,13 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from dataset.augment.table import AUGMENTS
 from dnnlib.configs import differences, tagged, to_json
 from dnnlib.errors import UserError, unknown_choice
 from ema.power import STD_LIMIT
 from networks.config import NetworkConfig
 from networks.denoiser import PRECISIONS
 from sampling.config import SamplerConfig
-from training.augment import AUGMENTS
 from training.methods.table import METHODS
 from training.optimizer import Optimizer
 
@@ -81,7 +81,7 @@ class TrainConfig:
         batch: Images in a step, over all ranks and accumulation rounds.
         method: What is minimized and how, see `training.methods.table`.
         ema: Averages of the weights.
-        augment: How images are augmented, see `training.augment`; None for not at all.
+        augment: How images are augmented, see `dataset.augment`; None for not at all.
         label_dropout: Share of the images whose class is withheld, for guidance by the network itself.
         xflip: Whether every image is also there mirrored.
         sampler: How the network is sampled where nothing else is asked for; it travels with the network's files.

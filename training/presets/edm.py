@@ -2,13 +2,13 @@
 
 import dataclasses
 
+from dataset.augment.edm import EDMAugment
 from diffusion.levels import LogNormal
 from networks.config import NetworkConfig
 from networks.edm.adm import ADMConfig
 from networks.edm.song import SongConfig
 from sampling.config import SamplerConfig
 from sampling.samplers import Heun
-from training.augment_edm import EDMAugment
 from training.config import Averages, TrainConfig
 from training.methods.denoising import DenoisingConfig
 from training.optimizer import Optimizer

@@ -8,7 +8,7 @@ Every one is a frozen dataclass with
     problems()                            everything that is wrong with it, in words
 """
 
-from training.augment_distribution import DistributionAugment
-from training.augment_edm import EDMAugment
+from dataset.augment.distribution import DistributionAugment
+from dataset.augment.edm import EDMAugment
 
 AUGMENTS: dict[str, type] = {'distribution': DistributionAugment, 'edm': EDMAugment}

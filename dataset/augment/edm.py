@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dataset.augment import warp
 from dnnlib.errors import UserError
 from torch_utils.random import stream
-from training import augment_warp as warp
 
 SCALE_STD = 0.2  # of log2, also of anisotropic scaling
 TRANSLATE_STD = 0.125  # of the image's side

@@ -1,0 +1,1 @@
+"""Augmentations of batches of images, and what a network is told of them."""
