@@ -98,14 +98,8 @@ class Churned(Sampler):
         return x + (math.sqrt(sigma_hat**2 - sigma**2) * self.S_noise) * epsilon, sigma_hat
 
 
-class Heun(Churned):
-    """Heun's method (EDM algorithms 1 and 2): two evaluations a step, one in the last, which ends at D."""
-
-    order = 2
-
-    def evaluations(self, num_steps: int) -> int:
-        """Evaluations of the denoiser over the whole trajectory."""
-        return 2 * num_steps - 1
+class RungeKutta(Churned):
+    """Euler's step, and Heun's correction of it in all steps but the last where `order` is 2."""
 
     def __call__(
         self,
@@ -123,7 +117,7 @@ class Heun(Churned):
             denoised = evaluate(D, x, sigma)
             slope = (x - denoised) / sigma  # dx/dsigma (EDM eq. 3 with sigma(t) = t)
             x_next = x + (sigma_next - sigma) * slope
-            if i < num_steps - 1:
+            if self.order == 2 and i < num_steps - 1:
                 slope_next = (x_next - evaluate(D, x_next, sigma_next)) / sigma_next
                 x_next = x + (sigma_next - sigma) * (0.5 * slope + 0.5 * slope_next)
             x = x_next
@@ -132,28 +126,20 @@ class Heun(Churned):
         return x
 
 
-class Euler(Churned):
+class Heun(RungeKutta):
+    """Heun's method (EDM algorithms 1 and 2): two evaluations a step, one in the last, which ends at D."""
+
+    order = 2
+
+    def evaluations(self, num_steps: int) -> int:
+        """Evaluations of the denoiser over the whole trajectory."""
+        return 2 * num_steps - 1
+
+
+class Euler(RungeKutta):
     """Euler's method, with churn as in EDM algorithm 2; deterministic, it is DDIM: one evaluation a step."""
 
     order = 1
-
-    def __call__(
-        self,
-        denoise: Denoise,
-        x: torch.Tensor,
-        sigmas: torch.Tensor,
-        noise: Noise | None = None,
-        observe: Observe | None = None,
-    ) -> torch.Tensor:
-        """See the module."""
-        for i, sigma, sigma_next in steps(sigmas):
-            D = of_step(denoise, sigma)
-            x, sigma = self.churned(denoise, x, sigma, len(sigmas) - 1, noise)
-            denoised = evaluate(D, x, sigma)
-            x = x + (sigma_next - sigma) * ((x - denoised) / sigma)
-            if observe is not None:
-                observe(i, sigma, denoised)
-        return x
 
 
 @dataclasses.dataclass(frozen=True)
