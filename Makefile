@@ -56,7 +56,7 @@ test: setup lint
 	python -m pytest -n 2 -m 'not slow'
 
 test-all: setup-all lint
-	NO_SKIPS=1 python -m pytest -n 2
+	ALL_PACKAGES=1 python -m pytest -n 2
 
 # Asks the package index whether every supported Python can install constraints.txt.
 resolve: setup

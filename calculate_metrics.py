@@ -166,7 +166,8 @@ def gen(config, net_path, gnet_path, seeds, repeats, classes, guidance, offline,
             guiding_net, guiding_info = load_network(gnet_path, place, precision, offline)
         sampler = sampler_config(sampler_flags, guidance, info.sampler)
         check_fit(net, guiding_net, sampler, classes)
-        runs = [[seed + k * (max(seeds) - min(seeds) + 1) for seed in seeds] for k in range(repeats)]
+        width = max(seeds) - min(seeds) + 1
+        runs = [[seed + k * width for seed in seeds] for k in range(repeats)]
         encoder, name = load_encoder(info.encoder, place, vae), Path(net_path).name
         ways = [Generation(run, sampler, encoder, guiding_net, classes, name) for run in runs]
         config.check(ways[0].describe(net.config))

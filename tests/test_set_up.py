@@ -1,6 +1,7 @@
 """Setting up on machines of many kinds: a stand-in for Python notes what it is asked for, and nothing is installed."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -28,14 +29,14 @@ def set_up(tmp_path):
     for name in ('Makefile', 'pyproject.toml', 'constraints.txt'):
         shutil.copy(ROOT / name, tmp_path)
 
-    def run(works: str, nvidia_smi: str = 'exit 1', *words: str):
+    def run(works: str, nvidia_smi: str = 'exit 1', *words: str, goals: tuple[str, ...] = ('setup',)):
         folder = tmp_path / 'bin'
         folder.mkdir(exist_ok=True)
         for name, text in (('python3', PYTHON), ('nvidia-smi', f'#!/bin/sh\n{nvidia_smi}\n'), ('uname', 'echo Linux')):
             (folder / name).write_text(text if text.startswith('#') else f'#!/bin/sh\n{text}\n')
             (folder / name).chmod(stat.S_IRWXU)
         process = subprocess.run(
-            ['make', 'setup', *words], cwd=tmp_path, capture_output=True, text=True,
+            ['make', *goals, *words], cwd=tmp_path, capture_output=True, text=True,
             env={'PATH': f'{folder}:{os.environ["PATH"]}', 'WORKS': works},
         )  # fmt: skip
         log = tmp_path / 'pip.log'
@@ -76,6 +77,16 @@ def test_only_a_gpu_brings_cuda(set_up, nvidia_smi, build):
 def test_a_chosen_build_is_the_only_one_tried(set_up):
     process, asked = set_up('+cpu', 'exit 1', 'TORCH=torch==2.9.1')
     assert process.returncode and len(asked) == 1 and 'torch==2.9.1' in asked[0]
+
+
+def test_all_optional_packages(set_up):
+    """`make test-all` sets up, and then lints, which needs no other set-up; nor do later calls."""
+    _, section = (ROOT / 'pyproject.toml').read_text().split('[project.optional-dependencies]\n')
+    extras = re.findall(r'^(\w+) = ', section.split('\n\n')[0], re.MULTILINE)
+    process, asked = set_up('+cpu', goals=('setup-all', 'setup'))
+    assert process.returncode == 0 and len(asked) == 1
+    assert set(re.search(r'\.\[(.*)\]', asked[0])[1].split(',')) == set(extras) > {'dino', 'latents'}
+    assert set_up('', goals=('setup-all', 'setup'))[1] == asked
 
 
 @pytest.mark.parametrize('python', PYTHONS)
