@@ -69,6 +69,29 @@ def test_only_the_change_is_enlarged():
     torch.testing.assert_close(net.body(h, net.embed(c_noise, labels)), expected)
 
 
+def test_a_level_is_equation_5():
+    net = build()
+    x, c_noise, labels, _ = inputs()
+    emb = net.embed(c_noise, labels)
+    h = net.down[0][0](net.patch_in(x), emb)
+    inner = net.shrink[0](h.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5)))
+    change = net.grow[0](net.body(inner, emb, level=1) - inner)
+    expected = h + change.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    for block in net.up[0]:
+        expected = block(expected, emb)
+    torch.testing.assert_close(net.body(net.patch_in(x), emb), expected)
+
+
+def test_transformer_block_of_one_pixel():
+    # Attention to itself alone is v.
+    block, x, emb = build().mid[0], *torch.randn(2, 3, 32, generator=generator(3))
+    scale0, shift0, scale1, shift1 = block.film(emb).chunk(4, dim=1)
+    y = x + block.attn_out(block.qkv(torch.nn.functional.rms_norm(x, (32,)) * (1 + scale0) + shift0)[:, 64:])
+    hidden = block.mlp_in(torch.nn.functional.rms_norm(y, (32,)) * (1 + scale1) + shift1)
+    y = y + block.mlp_out(torch.nn.functional.gelu(hidden))
+    torch.testing.assert_close(block(x[:, :, None, None], emb)[:, :, 0, 0], y, rtol=1e-4, atol=1e-5)  # eps of norms
+
+
 @pytest.mark.parametrize('patch', [1, 2])
 @pytest.mark.parametrize('kernel', [1, 3])
 def test_forward(patch, kernel):
