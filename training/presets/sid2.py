@@ -68,11 +68,11 @@ def _imagenet(
 PRESETS: dict[str, TrainConfig] = {
     'sid2-img64-small': _imagenet(64, 1, 2.0, 1.5, 1_000_000),
     'sid2-img128-small': _imagenet(128, 1, 0.0, 0.0, 1_000_000),
-    'sid2-img256-small': _imagenet(256, 2, -1.0, -1.5, 1_000_000, 'FID 1.72'),
-    'sid2-img512-small': _imagenet(512, 4, -3.0, -3.0, 1_000_000, 'FID 2.19'),
-    'sid2-img128-fh': _imagenet(128, 1, 1.0, 0.0, 800_000, 'FID 1.26', levels=3),
-    'sid2-img256-fh': _imagenet(256, 1, -1.0, -1.5, 800_000, 'FID 1.38'),
-    'sid2-img512-fh': _imagenet(512, 2, -3.0, -3.0, 800_000, 'FID 1.48'),
+    'sid2-img256-small': _imagenet(256, 2, -1.0, -1.5, 1_000_000, 'FID 1.72 with guidance 2'),
+    'sid2-img512-small': _imagenet(512, 4, -3.0, -3.0, 1_000_000, 'FID 2.19 with guidance 2'),
+    'sid2-img128-fh': _imagenet(128, 1, 1.0, 0.0, 800_000, 'FID 1.26 with guidance 2', levels=3),
+    'sid2-img256-fh': _imagenet(256, 1, -1.0, -1.5, 800_000, 'FID 1.38 with guidance 2'),
+    'sid2-img512-fh': _imagenet(512, 2, -3.0, -3.0, 800_000, 'FID 1.48 with guidance 2'),
 }
 
 # The 1797 handwritten digits that scikit-learn carries, 8x8 pixels, in minutes on two CPU cores.
