@@ -46,7 +46,9 @@ demo: setup
 	python generate.py --net=demo/run/phema-0000049-0.120.safetensors --seeds=0-99 --class=0-9 --outdir=demo/samples
 	python calculate_metrics.py gen --net=demo/run/phema-0000049-0.120.safetensors --ref=demo/digits.zip \
 		--metrics=fd_pixels,class_agreement --seeds=0-999 --json=demo/metrics.json --record=demo/metrics.jsonl
+	python report.py demo/run --samples=demo/samples --metrics=demo/metrics.json --dest=demo/report.html
 	@echo
+	@echo 'All of it on one page:                 demo/report.html'
 	@echo 'Generated digits, a class per column:  demo/samples-grid.png'
 	@echo 'Loss over training time:               demo/run/loss.png'
 	@echo 'Samples during training:               demo/run/samples-*.png'

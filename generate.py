@@ -1,6 +1,8 @@
 """Generate images from a network file: `python generate.py --net=FILE --seeds=0-99 --outdir=DIR`."""
 
 import dataclasses
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,7 @@ def load(
         'batch': batch,
         'world_size': distributed.world_size(),
         'versions': library_versions(),
+        'command': f'python {shlex.join(sys.argv)}',
     }
     return Job(net, (config, guiding_net, classes), encoder, batch, record, info.class_names)
 

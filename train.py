@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import shlex
+import sys
 from pathlib import Path
 
 import click
@@ -142,6 +144,8 @@ def main(
     with StopSignals(last=True) as signals, distributed.session(device) as chosen:
         measure = make_measure(config, chosen, measuring, metric_seeds, vae) if measuring.metrics else None
         folder = make_folder(outdir)
+        log = RunLog(folder if distributed.rank() == 0 else None)
+        log.say(f'command: python {shlex.join(sys.argv)}', show=False)
         config = with_micro_batch(config, folder, chosen)
         train(
             config,

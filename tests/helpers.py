@@ -20,7 +20,7 @@ from torch_utils.tensor_files import TensorFile
 from training.state import state_files
 
 needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='torch.compile needs a C++ compiler on a CPU'
+    not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler on this machine'
 )
 
 

@@ -13,7 +13,7 @@ LAYERS = [
     {'diffusion'},
     {'networks'},
     {'dataset', 'ema', 'metrics', 'sampling'},
-    {'evaluation', 'training'},
+    {'evaluation', 'reporting', 'training'},
 ]
 BELOW = {room: set().union(*LAYERS[:i]) for i, layer in enumerate(LAYERS) for room in sorted(layer)}
 SCRIPTS = {path.stem for path in ROOT.glob('*.py')}
