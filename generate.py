@@ -48,12 +48,14 @@ def print_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
 
 @click.command(epilog=EPILOG)
 @click.option('--net', 'net_path', metavar='FILE|DIR|URL', help='Network file, a run folder for its newest, or a '
-              'published EDM2 pickle.')  # fmt: skip
+              'published EDM or EDM2 pickle.')  # fmt: skip
 @click.option('--gnet', 'gnet_path', metavar='FILE|URL|self',
               help='Guiding network: unconditional, or weaker; "self" is the main one with its labels dropped, '
                    'for networks that were trained with some of them dropped.')  # fmt: skip
 @click.option('--guidance', type=float, help='Guidance weight; 1 is none, and the default without --preset.')
-@click.option('--preset', metavar='NAME', help='Published EDM2 model: network, guiding network and guidance at once.')
+@click.option(
+    '--preset', metavar='NAME', help='Published EDM or EDM2 model: network, guiding network and guidance at once.'
+)
 @click.option('--list-presets', is_flag=True, is_eager=True, expose_value=False, callback=print_presets,
               help='Show them and stop.')  # fmt: skip
 @click.option('--outdir', required=True, metavar='DIR', help='Where the images go; DIR-grid.png shows them at once.')

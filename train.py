@@ -52,7 +52,7 @@ main_group, recipe, execution, output = (
 @main_group('--preset', required=True, metavar='NAME', help=f'One of {", ".join(PRESETS)}.')
 @main_group('--data', metavar='ZIP|DIR', help='Dataset archive made by dataset_tool.py.')
 @main_group('--outdir', metavar='DIR', help='Run folder; a run found in it is resumed.')
-@main_group('--init', metavar='FILE|URL', help='Network file to start from, ours or a published EDM2 pickle.')
+@main_group('--init', metavar='FILE|URL', help='Network file to start from, ours or a published EDM or EDM2 pickle.')
 @main_group('--cond', type=bool, default=True, show_default=True, help='Train class-conditionally.')
 @recipe('--duration', type=cli.NIMG, help='Length of the run, such as 8Mi.')
 @recipe('--batch', type=cli.NIMG, help='Images in a step, over all ranks.')

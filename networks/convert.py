@@ -39,7 +39,7 @@ Examples:
 @click.option('--plain', is_flag=True, help="A state dict and nothing else, by EDM2's names, for other programs.")
 @click.option('--offline', is_flag=True, help='Download nothing; URLs come from the cache.')
 def main(source, dest, dtype, plain, offline):
-    """Convert the published EDM2 network IN (a file, a URL, or a folder of them) to OUT, running no code in it.
+    """Convert the published EDM or EDM2 network IN (a file, a URL, or a folder of them) to OUT, running no code in it.
 
     The weights keep their precision. A folder is converted file by file, without those that are already there.
     """

@@ -103,11 +103,13 @@ class NetworkFile(TensorFile):
 
 
 class PublishedNetworkFile(PublishedFile):
-    """The same for the pickle of a network that NVIDIA published for EDM2."""
+    """The same for the pickle of a network that NVIDIA published for EDM or EDM2."""
 
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
-        self.info = NetworkInfo(self.config, self.nimg, self.ema_std, self.preset, self.dataset, self.encoder)
+        self.info = NetworkInfo(
+            self.config, self.nimg, self.ema_std, self.preset, self.dataset, self.encoder, sampler=self.sampler
+        )
 
 
 def network_path(source: str | os.PathLike, offline: bool = False) -> Path:
@@ -225,7 +227,7 @@ def load_network(
     """Rebuild a network from its file alone, in evaluation mode, with float32 weights and no gradients.
 
     Args:
-        source: Path or https URL of a file written by `save_network`, or of a published EDM2 pickle.
+        source: Path or https URL of a file written by `save_network`, or of a published pickle of EDM or EDM2.
         device: Where to put it.
         precision: Of the features, see `Denoiser`.
         offline: Only look for a URL in the download cache.

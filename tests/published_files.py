@@ -1,4 +1,4 @@
-"""Files of the structure of the published EDM2 networks, written by the tests themselves.
+"""Files of the structure of the published EDM and EDM2 networks, written by the tests themselves.
 
 The classes are stand-ins with the names that the published files use; as there, each object is pickled as a call of
 `torch_utils.persistence._reconstruct_persistent_obj` on a dict that carries Python source. Here that source raises.
@@ -154,3 +154,70 @@ def write(path: Path, content: object, protocol: int = 4) -> Path:
 def write_published(path: Path, net: Denoiser, dtype=torch.float16, **options) -> Path:
     """Write a network of block A as a published file."""
     return write(path, content_of(net, dtype, **options))
+
+
+# EDM's
+
+EDM_CLASSES = {
+    'SongUNet': 'SongUNet',
+    'ADM': 'DhariwalUNet',
+    'Block': 'UNetBlock',
+    'FourierEmbedding': 'FourierEmbedding',
+    'Conv2d': 'Conv2d',
+    'Linear': 'Linear',
+    'GroupNorm': 'GroupNorm',
+}
+EDM_PRECONDITIONERS = {'EDM': 'EDMPrecond', 'VP': 'VPPrecond', 'VE': 'VEPrecond', 'IDDPM': 'iDDPMPrecond'}
+
+
+def edm_arguments(config) -> dict:
+    """What the published constructor gets for a network of EDM's families."""
+    names = {'embedding': 'embedding_type', 'encoder': 'encoder_type', 'decoder': 'decoder_type'}
+    names |= {'taps': 'resample_filter', 'channels_per_head': None}
+    unet = {names.get(name, name): value for name, value in vars(config.architecture).items()}
+    unet = {name: list(value) if isinstance(value, tuple) else value for name, value in unet.items() if name}
+    shape = {'img_resolution': config.img_resolution[0], 'img_channels': config.img_channels}
+    model_type = 'SongUNet' if 'embedding_type' in unet else 'DhariwalUNet'
+    return {**shape, 'label_dim': config.label_dim, 'use_fp16': False, 'model_type': model_type,
+            'augment_dim': config.augment_dim, **unet, **vars(config.preconditioning)}  # fmt: skip
+
+
+def edm_stored(module: torch.nn.Module):
+    """A module as EDM's files hold it."""
+    state = {
+        'training': False,
+        '_parameters': collections.OrderedDict(module._parameters),
+        '_buffers': collections.OrderedDict(module._buffers),
+        '_modules': collections.OrderedDict(
+            (name, None if child is None else edm_stored(child))
+            for name, child in module._modules.items()
+            if type(child).__name__ != 'Dropout'
+        ),
+    }
+    if isinstance(module, torch.nn.ModuleDict):
+        container = torch.nn.ModuleDict()
+        container.__dict__.update(state)
+        return container
+    return Persistent(EDM_CLASSES[type(module).__name__], {'skip_scale': np.float64(0.5**0.5), **state})
+
+
+def edm_content(net: Denoiser, **arguments) -> dict:
+    """What is pickled for a network of EDM's families, by its training script."""
+    preconditioning = net.config.preconditioning
+    state = {
+        '_init_args': (),
+        '_init_kwargs': EasyDict({**edm_arguments(net.config), **arguments}),
+        'sigma_min': 0,
+        'sigma_max': float('inf'),
+        '_modules': collections.OrderedDict(model=edm_stored(net.unet)),
+        '_parameters': collections.OrderedDict(),
+        '_buffers': collections.OrderedDict(),
+    }
+    if type(preconditioning).__name__ == 'IDDPM':
+        state['_buffers']['u'] = torch.tensor(preconditioning.levels)
+    return {
+        'ema': Persistent(EDM_PRECONDITIONERS[type(preconditioning).__name__], state),
+        'loss_fn': Persistent('EDMLoss', {'P_mean': -1.2, 'P_std': 1.2, 'sigma_data': 0.5}),
+        'augment_pipe': Persistent('AugmentPipe', {'p': 0.12, 'xflip': 1e8, 'Hz_geom': torch.ones(12)}),
+        'dataset_kwargs': EasyDict(class_name='training.dataset.ImageFolderDataset', path='./cifar10-32x32.zip'),
+    }

@@ -26,7 +26,15 @@ from networks.files import load_network, open_network, read_info, save_network
 from networks.published.edm2 import find_encoder, rebuild_config
 from networks.published.file import PublishedFile, describe_name
 from networks.published.models import BASE_URL, MODELS, models_table, resolve_model
-from networks.published.reader import MAGIC, NAMES, _read_storage, find_tensors, read_published, to_object
+from networks.published.reader import (
+    MAGIC,
+    NAMES,
+    PublishedObject,
+    _read_storage,
+    find_tensors,
+    read_published,
+    to_object,
+)
 from tests import published_files as files
 from tests import test_pickles as hostile
 from tests.helpers import edm2_network, make_archive
@@ -196,9 +204,7 @@ def test_trees_of_other_families(tmp_path):
         to_object(to_object(ema.state['_modules']['model']).state['_modules']['enc']).state['_modules']['8x8_block0']
     )
     assert to_array(block.state['skip_scale']) == np.sqrt(0.5)
-    with pytest.raises(
-        UserError, match=r"edm\.pkl: its network is of the class 'EDMPrecond'; only Precond can be read"
-    ):
+    with pytest.raises(UserError, match=r'edm\.pkl: the network lacks the argument img_resolution'):
         load_network(path)
 
 
@@ -373,12 +379,16 @@ def test_defaults_and_constants_of_the_constructor():
     given = {'img_resolution': 64, 'img_channels': 4, 'label_dim': 1000, 'model_channels': 128, 'use_fp16': True}
     expected = edm2_network((64, 64), 4, 1000, 128, block='A')
     constants = {'clip_act': 256, 'channel_mult': None, 'attn_balance': 0.3, 'resample_filter': [1, 1]}
-    assert rebuild_config((), given) == rebuild_config(None, {**given, **constants}) == expected
+
+    def rebuild(args, arguments):
+        return rebuild_config(PublishedObject('Precond', {'_init_args': args, '_init_kwargs': arguments}))
+
+    assert rebuild((), given) == rebuild(None, {**given, **constants}) == expected
     with pytest.raises(UserError, match=r'lacks the argument img_channels'):
-        rebuild_config((), {'img_resolution': 64, 'label_dim': 0})
+        rebuild((), {'img_resolution': 64, 'label_dim': 0})
     for args, arguments in [((1,), given), ((), None), ((), [])]:
         with pytest.raises(UserError, match='arguments of the network are missing'):
-            rebuild_config(args, arguments)
+            rebuild(args, arguments)
 
 
 @pytest.mark.parametrize('args', [np.ones(3), np.ones(0), [], 0, ''], ids=repr)
@@ -417,7 +427,7 @@ def structures() -> dict[str, tuple]:
     listed = files.content_of(tiny_net())
     listed['ema'].meta['state']['_modules'] = [1]
     edm = files.content_of(tiny_net())
-    edm['ema'].meta['class_name'] = 'EDMPrecond'
+    edm['ema'].meta['class_name'] = 'EDM3Precond'
     return {
         'list': ([1, 2], "no 'ema'"),
         'empty': ({}, "no 'ema'"),
@@ -431,7 +441,7 @@ def structures() -> dict[str, tuple]:
         'whole numbers': (whole, "'a' is no tensor.*asks for 'torch.LongStorage'"),
         'no module': (child, "'a' is no module"),
         'list of modules': (listed, "'_modules' is no dictionary"),
-        'another class': (edm, "class 'EDMPrecond'; only Precond"),
+        'another class': (edm, "class 'EDM3Precond'; only Precond"),
         'object of another kind': ({'ema': files.Persistent('Precond', [])}, "no 'ema'"),
         'object without a class': ({'ema': files.Persistent(None, {})}, "no 'ema'"),
         'deep': (deep(), '_modules has the name'),
@@ -609,15 +619,24 @@ def test_presets_are_those_that_users_know():
     expected = {f'edm2-img512-{size}{kind}-{m}' for size in sizes for kind in ('', '-guid') for m in metrics}
     expected |= {f'edm2-img64-{size}-fid' for size in ('s', 'm', 'l', 'xl')}
     expected |= {f'edm2-{name}-autog-{m}' for name in AUTOGUIDED for m in metrics}
+    expected |= {f'edm-{name}' for name in EDM_NAMES} | {f'baseline-{name}' for name in EDM_BASELINES}
     assert set(MODELS) == expected
     assert all(name in models_table() for name in expected)
 
 
+EDM_NAMES = [
+    *(f'cifar10-32x32-{kind}-{net}' for kind in ('cond', 'uncond') for net in ('vp', 've')),
+    *(f'{data}-64x64-uncond-{net}' for data in ('ffhq', 'afhqv2') for net in ('vp', 've')),
+    'imagenet-64x64-cond-adm',
+]
+EDM_BASELINES = ['cifar10-32x32-uncond-vp', 'cifar10-32x32-uncond-ve', 'imagenet-64x64-cond-adm']
 AUTOGUIDED = ('img512-s', 'img512-xxl', 'img512-s-uncond', 'img64-s')
 
 
 def test_presets_agree_with_their_names_and_the_recipes():
     for name, model in MODELS.items():
+        if not name.startswith('edm2'):
+            continue
         size = re.match(r'edm2-img\d+-[a-z]+', name)[0]
         nimg, std, trained = describe_name(f'{model.net}.pkl')
         assert trained.startswith(size) and nimg == PRESETS[size].duration

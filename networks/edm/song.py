@@ -39,6 +39,7 @@ class SongConfig(UNetConfig):
         taps: Of the resampling filter along one axis.
     """
 
+    model_channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     num_blocks: int = 4
     attn_resolutions: tuple[int, ...] = (16,)

@@ -10,7 +10,7 @@ import torch
 from dnnlib.errors import UserError, quoted
 from networks.config import NetworkConfig
 from networks.encoders import DEFAULT_VAE, LATENT_MEAN, LATENT_STD, SIGMA_DATA
-from networks.published.reader import PublishedObject, to_object
+from networks.published.reader import PublishedObject, find_tensors, keyword_arguments, plain, to_object
 from torch_utils.pickles import Call, to_array
 
 # Arguments of EDM2's constructor that our config has, with their defaults there (EDM2 table 6); `...` for none.
@@ -41,25 +41,23 @@ FIXED_ARGUMENTS = {
 IGNORED_ARGUMENTS = {'use_fp16'}  # says how to compute, not what; see `Denoiser`'s precision
 
 
-def describe(net: PublishedObject, content: dict) -> tuple[NetworkConfig, str]:
-    """Config of a network, and name of its encoder.
+def read_network(net: PublishedObject, content: dict) -> tuple[NetworkConfig, str, dict[str, torch.Tensor]]:
+    """Config, name of the encoder, and tensors, whose names are ours.
 
     Args:
         net: The file's `Precond`.
         content: Of the file.
     """
-    config = rebuild_config(net.state.get('_init_args'), net.state.get('_init_kwargs'))
-    return config, find_encoder(content.get('encoder'), config)
+    config = rebuild_config(net)
+    return config, find_encoder(content.get('encoder'), config), find_tensors(net)
 
 
-def rebuild_config(args: Any, arguments: Any) -> NetworkConfig:
-    """The config of the network that EDM2's constructor makes of these arguments."""
-    if type(arguments) is not dict or not (args is None or (type(args) is tuple and not args)):
-        raise UserError('the arguments of the network are missing')
-    values = {name: _plain(value) for name, value in arguments.items() if name not in IGNORED_ARGUMENTS}
+def rebuild_config(net: PublishedObject) -> NetworkConfig:
+    """The config of the network that EDM2's constructor makes of the arguments in the file."""
+    values = {name: value for name, value in keyword_arguments(net).items() if name not in IGNORED_ARGUMENTS}
     known = CONFIG_ARGUMENTS | FIXED_ARGUMENTS
     found = [f'the network has an unknown argument {quoted(name)}' for name in values if name not in known]
-    values = known | {name: known[name] if value is None else value for name, value in values.items()}
+    values = known | {name: known[name] if value is None else value for name, value in values.items() if name in known}
     for name, expected in known.items():
         value = values[name]
         if value is ...:
@@ -71,13 +69,6 @@ def rebuild_config(args: Any, arguments: Any) -> NetworkConfig:
     values = {name: values[name] for name in CONFIG_ARGUMENTS}
     side = values.pop('img_resolution')
     return NetworkConfig.from_json({'img_resolution': (side, side), 'block': 'A', **values})
-
-
-def _plain(value: Any) -> Any:
-    """A value as configs have it, a list as a tuple; what is more than some numbers as a text of what it is."""
-    if type(value) in (list, tuple) and len(value) <= 32 and all(type(v) in (int, float) for v in value):
-        return tuple(value)
-    return value if value is None or type(value) in (bool, int, float) else f'a {type(value).__name__}'
 
 
 def find_encoder(encoder: Any, config: NetworkConfig) -> str:
@@ -97,7 +88,7 @@ def find_encoder(encoder: Any, config: NetworkConfig) -> str:
     scale = SIGMA_DATA / torch.tensor(LATENT_STD, dtype=torch.float64)
     for key, expected in (('scale', scale), ('bias', -scale * torch.tensor(LATENT_MEAN, dtype=torch.float64))):
         value = found.state.get(key)
-        value = _plain(to_array(value).reshape(-1).tolist() if type(value) is Call else value)
+        value = plain(to_array(value).reshape(-1).tolist() if type(value) is Call else value)
         if type(value) is not tuple or len(value) != len(expected):
             raise UserError(f'its encoder has no {key} of {len(expected)} channels')
         if not torch.allclose(torch.tensor(value, dtype=torch.float64), expected, rtol=1e-5, atol=0):

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from dnnlib.errors import UserError, quoted
-from networks.published import edm2
-from networks.published.reader import find_tensors, read_published, to_object
+from networks.published import edm, edm2
+from networks.published.models import SAMPLERS
+from networks.published.reader import read_published, to_object
 
-# By the class of its `ema`: what a file becomes, (network, content) -> (config, name of the encoder).
-FAMILIES = {'Precond': edm2.describe}
+# By the class of its `ema`: what a file becomes, (network, content) -> (config, name of the encoder, tensors).
+FAMILIES = {'Precond': edm2.read_network, **dict.fromkeys(edm.PRECONDITIONERS, edm.read_network)}
 
 
 class PublishedFile:
@@ -24,6 +25,7 @@ class PublishedFile:
         nimg, ema_std, preset: As the file's name says: it is the only place that does. 0, None and '' where it
             does not. Names count thousands of images, rounded down; the time is the next multiple of 1024.
         dataset: Name of the data it was trained on, '' where the file does not say.
+        sampler: How the paper samples it, where the file's name is that of a published model; {} elsewhere.
         encoder: A name of `networks.encoders.ENCODERS`.
         names: Names of the tensors, sorted.
     """
@@ -38,12 +40,12 @@ class PublishedFile:
             if net.class_name not in FAMILIES:
                 known = ' or '.join(FAMILIES)
                 raise UserError(f'its network is of the class {quoted(net.class_name)}; only {known} can be read')
-            self.config, self.encoder = FAMILIES[net.class_name](net, content)
-            self._tensors = find_tensors(net)
+            self.config, self.encoder, self._tensors = FAMILIES[net.class_name](net, content)
         except UserError as error:
             raise UserError(error.problems, where=self.path) from None
         self.dataset = dataset_name(content.get('dataset_kwargs'))
         self.nimg, self.ema_std, self.preset = describe_name(self.path)
+        self.sampler = SAMPLERS.get(Path(self.path).stem, {})
         self.names = sorted(self._tensors)
 
     def __enter__(self) -> 'PublishedFile':
@@ -69,11 +71,14 @@ def dataset_name(arguments: Any) -> str:
 
 
 def describe_name(path: str | os.PathLike) -> tuple[int, float | None, str]:
-    """nimg, EMA length and preset as the names of EDM2's published files give them.
+    """nimg, EMA length and preset as the names of published files give them.
 
-    `edm2-img512-s-2147483-0.130.pkl`, or `edm2-img512-s/network-snapshot-2147483-0.050.pkl`.
+    `edm2-img512-s-2147483-0.130.pkl`, or `edm2-img512-s/network-snapshot-2147483-0.050.pkl`; EDM's own tell the time
+    alone, `network-snapshot-200000.pkl`.
     """
     path = Path(path)
+    if match := re.fullmatch(r'network-snapshot-(\d{6})', path.stem):
+        return int(match[1]) * 1000, None, ''
     match = re.fullmatch(r'(.+)-(\d{7,})-(0\.\d+)', path.stem)
     if match is None:
         return 0, None, ''

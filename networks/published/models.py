@@ -1,15 +1,17 @@
-"""The networks that NVIDIA published for EDM2, and what to make images with: one table, a model is a row.
+"""The networks that NVIDIA published for EDM and EDM2, and what to make images with: one table, a model is a row.
 
-Names, times, EMA lengths, weights and results are those that the papers of EDM2 and of autoguidance report, for
-50,000 images, the best of three sets.
+Names, times, EMA lengths, weights, samplers and results are those that the papers of EDM, EDM2 and of autoguidance
+report, for 50,000 images, the best of three sets.
 """
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from dnnlib.errors import UserError, choose
 
 BASE_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/'
+EDM_URL = 'https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/'
 LICENCE = 'CC BY-NC-SA 4.0, NVIDIA Corporation'
 
 
@@ -23,6 +25,8 @@ class PublishedModel:
         guidance: Guidance weight.
         metric: `FID` or `FD-DINOv2`, for which the EMA lengths and the weight were chosen.
         result: As published.
+        folder: URL of the folder of both files.
+        sampler: What the network's file shall say of its sampler (`NetworkInfo.sampler`).
     """
 
     net: str
@@ -30,16 +34,18 @@ class PublishedModel:
     guidance: float
     metric: str
     result: str
+    folder: str = BASE_URL
+    sampler: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def net_url(self) -> str:
         """Where the network is published."""
-        return f'{BASE_URL}{self.net}.pkl'
+        return f'{self.folder}{self.net}.pkl'
 
     @property
     def gnet_url(self) -> str | None:
         """Where the guiding network is published."""
-        return self.gnet and f'{BASE_URL}{self.gnet}.pkl'
+        return self.gnet and f'{self.folder}{self.gnet}.pkl'
 
     @property
     def ema_std(self) -> str:
@@ -91,6 +97,18 @@ def _autoguided(rows: Iterable[tuple]) -> dict[str, PublishedModel]:
     }
 
 
+def _edm(steps: int, rows: Iterable[tuple], folder: str = EDM_URL) -> dict[str, PublishedModel]:
+    """EDM's: rows of (name, result, options of its stochastic sampler as S_churn, S_min, S_max, S_noise, or None)."""
+    models = {}
+    for name, result, churn in rows:
+        sampler: dict[str, Any] = {'steps': steps}
+        if churn:
+            options = zip(('S_churn', 'S_min', 'S_max', 'S_noise'), churn, strict=True)
+            sampler['sampler'] = {'name': 'heun', **dict(options)}
+        models[name] = PublishedModel(name, None, 1.0, FID, result, folder, sampler)
+    return models
+
+
 _SHORT = {FID: 'fid', DINO: 'dino'}
 
 # fmt: off
@@ -124,8 +142,24 @@ MODELS: dict[str, PublishedModel] = {
         ('img64-s', FID, 'img64-s-1073741-0.045', 'img64-xs-0134217-0.110', 1.70, '1.01'),
         ('img64-s', DINO, 'img64-s-1073741-0.105', 'img64-xs-0134217-0.175', 2.20, '31.85'),
     )),
+    **_edm(18, (
+        ('edm-cifar10-32x32-cond-vp', '1.79', None), ('edm-cifar10-32x32-cond-ve', '1.79', None),
+        ('edm-cifar10-32x32-uncond-vp', '1.97', None), ('edm-cifar10-32x32-uncond-ve', '1.98', None),
+    )),
+    **_edm(40, (
+        ('edm-ffhq-64x64-uncond-vp', '2.39', None), ('edm-ffhq-64x64-uncond-ve', '2.53', None),
+        ('edm-afhqv2-64x64-uncond-vp', '1.96', None), ('edm-afhqv2-64x64-uncond-ve', '2.16', None),
+    )),
+    **_edm(256, (('edm-imagenet-64x64-cond-adm', '1.36', (40.0, 0.05, 50.0, 1.003)),)),
+    # Networks of Song et al. and of Dhariwal and Nichol. Of CIFAR-10's the paper gives the churn, and no FID with it.
+    **_edm(256, (
+        ('baseline-cifar10-32x32-uncond-vp', '', (30.0, 0.01, 1.0, 1.007)),
+        ('baseline-cifar10-32x32-uncond-ve', '', (80.0, 0.05, 1.0, 1.007)),
+        ('baseline-imagenet-64x64-cond-adm', '1.55', (80.0, 0.05, 50.0, 1.003)),
+    ), f'{EDM_URL}baseline/'),
 }
 # fmt: on
+SAMPLERS = {model.net: model.sampler for model in MODELS.values() if model.sampler}
 
 
 def resolve_model(
@@ -151,7 +185,9 @@ def models_table() -> str:
     rows = [('preset', 'network', 'guiding network', 'guidance', 'published')]
     for name, model in MODELS.items():
         weight = '' if model.gnet is None else f'{model.guidance:.2f}'
-        rows.append((name, model.net, model.gnet or '', weight, f'{model.metric} {model.result}'))
+        rows.append(
+            (name, model.net, model.gnet or '', weight, f'{model.metric} {model.result}' if model.result else '')
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return '\n'.join(

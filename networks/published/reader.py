@@ -59,6 +59,23 @@ def to_object(value: Any) -> PublishedObject | None:
     return PublishedObject(name, state) if type(name) is str and type(state) is dict else None
 
 
+def keyword_arguments(net: PublishedObject) -> dict[str, Any]:
+    """What the constructor of an object got by name, if it got nothing else; see `plain` for the values."""
+    args, arguments = net.state.get('_init_args'), net.state.get('_init_kwargs')
+    if type(arguments) is not dict or not (args is None or (type(args) is tuple and not args)):
+        raise UserError('the arguments of the network are missing')
+    return {name: plain(value) for name, value in arguments.items()}
+
+
+def plain(value: Any) -> Any:
+    """A value as configs have it, a list as a tuple; of what is more than a word or some numbers, its type in words."""
+    if type(value) in (list, tuple) and len(value) <= 32 and all(type(v) in (int, float) for v in value):
+        return tuple(value)
+    if type(value) is str and len(value) <= 32 and value.isidentifier():
+        return value
+    return value if value is None or type(value) in (bool, int, float) else f'a {type(value).__name__}'
+
+
 def find_tensors(net: PublishedObject) -> dict[str, torch.Tensor]:
     """The tensors of a tree of modules, by their names in a state dict, as views of the mapped file.
 
