@@ -101,10 +101,8 @@ def _edm(steps: int, rows: Iterable[tuple], folder: str = EDM_URL) -> dict[str, 
     """EDM's: rows of (name, result, options of its stochastic sampler as S_churn, S_min, S_max, S_noise, or None)."""
     models = {}
     for name, result, churn in rows:
-        sampler: dict[str, Any] = {'steps': steps}
-        if churn:
-            options = zip(('S_churn', 'S_min', 'S_max', 'S_noise'), churn, strict=True)
-            sampler['sampler'] = {'name': 'heun', **dict(options)}
+        options = zip(('S_churn', 'S_min', 'S_max', 'S_noise'), churn or (), strict=churn is not None)
+        sampler = {'steps': steps, 'sampler': {'name': 'heun', 'noise_always': True, **dict(options)}}
         models[name] = PublishedModel(name, None, 1.0, FID, result, folder, sampler)
     return models
 
