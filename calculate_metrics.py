@@ -22,7 +22,7 @@ from metrics.registry import metrics_table, needs_of, reference_problems
 from metrics.results import set_warnings
 from networks.encoders import load_encoder
 from networks.files import load_network
-from sampling.options import sampler_config, sampler_options, take_sampler_flags
+from sampling.options import parse_classes, sampler_config, sampler_options, take_sampler_flags
 from sampling.pipeline import check_fit
 from torch_utils import distributed
 
@@ -134,13 +134,14 @@ def measure_stored(
 
 
 @main.command(epilog=EPILOG)
-@click.option('--net', 'net_path', help='Network file, or a published pickle.', metavar='FILE|URL', required=True)
+@click.option('--net', 'net_path', metavar='FILE|DIR|URL', required=True, help='Network file, a run folder for its '
+              'newest, or a published pickle.')  # fmt: skip
 @click.option(
     '--gnet', 'gnet_path', help='Guiding network file; "self": the main one without labels.', metavar='FILE|URL|self'
 )
 @click.option('--seeds', help='An image for each.', type=cli.INTS, default='0-49999', show_default=True)
 @repeats_option('Measure so many times, each with the seeds after the last.')
-@click.option('--class', 'classes', type=cli.INTS, help='Class, or classes to cycle through; by default random.')
+@click.option('--class', 'classes', metavar='LIST', help='Numbers or names, to cycle through; by default random.')
 @sampler_options
 @click.option('--guidance', type=float, default=1.0, show_default=True, help='Guidance weight; 1 is none.')
 @click.option('--offline', is_flag=True, help='Download nothing; URLs come from the cache.')
@@ -165,6 +166,7 @@ def gen(config, net_path, gnet_path, seeds, repeats, classes, guidance, offline,
         if guiding_net is None and gnet_path:
             guiding_net, guiding_info = load_network(gnet_path, place, precision, offline)
         sampler = sampler_config(sampler_flags, guidance, info.sampler)
+        classes = parse_classes(classes, info.class_names)
         check_fit(net, guiding_net, sampler, classes)
         width = max(seeds) - min(seeds) + 1
         runs = [[seed + k * width for seed in seeds] for k in range(repeats)]

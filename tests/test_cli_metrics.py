@@ -1,8 +1,10 @@
 """calculate_metrics.py from its command line, in one process and in two."""
 
+import dataclasses
 import hashlib
 import importlib
 import json
+import math
 import os
 import socket
 import subprocess
@@ -18,11 +20,15 @@ import torch
 import calculate_metrics
 import dataset_tool
 import evaluation.measure
+import evaluation.selftest
 import metrics.inception
 import sweep
 import train
 from dnnlib import cli
+from dnnlib.errors import UserError
+from evaluation.measure import MeasureConfig
 from metrics.detectors import PixelDetector
+from metrics.registry import select_metrics
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, load_network, save_network
 from sampling.config import SamplerConfig
@@ -30,6 +36,7 @@ from sampling.pipeline import generate
 from sampling.samplers import Euler
 from tests.helpers import edm2_network, make_latents, random_inception
 from torch_utils.tensor_files import TensorFile, save_tensors
+from training.presets.table import get_preset
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,6 +106,10 @@ def test_all_metrics_of_an_archive(run, tmp_path):
     assert f'{written["metrics"]["fd_pixels"]["value"]:.5f}' in second
     assert written['metrics']['class_agreement']['value'] > 0.8
     assert written['images']['count'] == 100 and written['images']['path'] == 'made'
+    assert written['run']['versions']['pillow'] == PIL.__version__ and 'transformers' in written['run']['versions']
+    git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+    assert git.returncode != 0 or written['run']['commit'].removesuffix('-dirty') == git.stdout.strip()
+    assert 'commit' in written['run']
     assert (
         written['reference']['name'] == 'real'
         and written['reference']['versions'].items() <= written['run']['versions'].items()
@@ -511,8 +522,22 @@ def network(tmp_path_factory, data):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = Denoiser(config)
-    save_network(path, net.state_dict(), NetworkInfo(config, 0, None, 'none'))
+    own, names = {'steps': 3}, ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
+    save_network(path, net.state_dict(), NetworkInfo(config, 0, None, 'none', sampler=own, class_names=names))
     return path
+
+
+def test_a_network_brings_its_sampler_and_names_of_classes(run, network, tmp_path):
+    """A run folder stands for its network too."""
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/network-0000001-0.05.safetensors').write_bytes(network.read_bytes())
+    path = tmp_path / 'out.json'
+    files = f'--json={path}', f'--record={tmp_path / "r"}'
+    code, _, err = run('gen', f'--net={tmp_path / "run"}', '--seeds=0-3', '--class=three,1', '--ref=real', *files)
+    assert code == 0, err
+    images = json.loads(path.read_text())['images']
+    assert (images['sampler']['steps'], images['classes']) == (3, [3, 1])
+    assert images['net']['sha256'] == hashlib.sha256(network.read_bytes()).hexdigest()
 
 
 def test_generated_images_are_those_of_generate(run, network, tmp_path):
@@ -567,6 +592,19 @@ def test_scripts_that_measure_networks_have_the_same_options():
         assert {'--metrics', '--ref', '--inception', '--dinov2', '--any-weights'} <= options
 
 
+def test_training_is_measured_against_its_data_or_what_is_given(data):
+    """References are opened, and what cannot be held to them refused, before the first step."""
+    config = dataclasses.replace(get_preset('edm2plus-digits'), data=str(data / 'real.zip'), encoder='rgb')
+    measuring = MeasureConfig(select_metrics(['fd_pixels']))
+    train.make_measure(config, torch.device('cpu'), measuring, list(range(10)), None)
+    other = dataclasses.replace(measuring, refs=(str(data / 'colour'),))
+    with pytest.raises(UserError, match='those of the reference colour 3x8x8'):
+        train.make_measure(config, torch.device('cpu'), other, list(range(10)), None)
+    latents = dataclasses.replace(config, encoder='stabilityvae')
+    with pytest.raises(UserError, match='give --ref'):
+        train.make_measure(latents, torch.device('cpu'), measuring, list(range(10)), None)
+
+
 def test_several_references_in_one_pass(run, data, tmp_path, monkeypatch):
     """Each reference gets the numbers that it gets alone, a line of the screen and of the record, one pass in all."""
     passes, call = [], PixelDetector.__call__
@@ -612,7 +650,7 @@ def test_random_subset_of_stored_images(run, tmp_path):
     assert code == 0 and 'N=20 x 2' in out
 
 
-def test_selftest(run, tmp_path):
+def test_selftest(run, monkeypatch):
     """Closed forms agree, halves of digits too; what is not available is said."""
     code, out, err = run('selftest', '--data=real', '--ref=real')
     assert (code, err) == (0, '')
@@ -623,6 +661,11 @@ def test_selftest(run, tmp_path):
     assert 'fd_pixels: 256 images in each half are needed, there are 150' in missing[0]
     assert any('inception' in line and 'offline forbids' in line for line in missing) and len(missing) == 3
     assert 'not checked: detectors and published references: give --data' in run('selftest')[1]
+    uncovered = math.prod((150 - 1 - i) / (300 - 1 - i) for i in range(5))  # no image is among the 5 nearest of 299
+    assert any(line.split()[:3] == ['prdc_pixels:', 'coverage', f'{1 - uncovered:.6g}'] for line in lines)
+    monkeypatch.setattr(evaluation.selftest, 'kernel_distance', lambda real, images: {'value': 79.001})
+    code, out, _ = run('selftest')
+    assert code == 1 and [line.endswith('WRONG') for line in out.splitlines()].count(True) == 1
 
 
 def test_options_are_no_abbreviations_of_torchrun_s():
