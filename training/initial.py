@@ -38,12 +38,10 @@ def check_initial(source: str, config: NetworkConfig, offline: bool = False) -> 
 
 
 def misfits(file: NetworkFile | PublishedNetworkFile, net: Denoiser) -> list[str]:
-    """Names of the network's tensors that the file lacks, or has in another shape."""
-    return [
-        name
-        for name, tensor in net.state_dict().items()
-        if name not in file.names or tuple(file.shape(name)) != tuple(tensor.shape)
-    ]
+    """Names of tensors that only one of them has, or in another shape."""
+    theirs = {name: tuple(file.shape(name)) for name in file.names}
+    ours = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    return sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
 
 
 def start_from(state: TrainState, source: str, offline: bool = False) -> None:
@@ -58,10 +56,10 @@ def start_from(state: TrainState, source: str, offline: bool = False) -> None:
     """
     assert state.nimg == 0, 'the run has begun'
     with open_network(source, offline) as file, torch.no_grad():
-        anew = misfits(file, state.net)
+        unfit = misfits(file, state.net)
         for name, tensor in state.net.state_dict().items():
-            if name not in anew:
+            if name not in unfit:
                 tensor.copy_(file.get(name))
     state.begin_averages()
-    note = f'; what does not fit begins anew: {", ".join(anew)}' if anew else ''
+    note = f'; what does not fit is left out or begins anew: {", ".join(unfit)}' if unfit else ''
     distributed.print0(f'starting from the weights of {source}{note}')
