@@ -24,11 +24,7 @@ class VP:
 
     @classmethod
     def of_range(cls, sigma_min: float, sigma_max: float, epsilon_s: float) -> 'VP':
-        """The one with sigma(epsilon_s) = sigma_min and sigma(1) = sigma_max.
-
-        Raises:
-            UserError: where the range is too narrow for that.
-        """
+        """The one with sigma(epsilon_s) = sigma_min and sigma(1) = sigma_max."""
         low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
         if low >= epsilon_s * high:
             raise UserError(

@@ -39,11 +39,7 @@ def measure_options(default: str | None, ref: str | None, option: Callable = cli
 def measure_config(
     flags: dict[str, Any], batch: int = 64, workers: int | None = 0, offline: bool = False
 ) -> MeasureConfig:
-    """Take the values of `measure_options` out of a command's flags, where --metrics was given or has a default.
-
-    Raises:
-        UserError: where a metric is unknown or lacks a library.
-    """
+    """Take the values of `measure_options` out of a command's flags, where --metrics was given or has a default."""
     weights = {name: flags.pop(name) for name in ('inception', 'dinov2', 'any_weights')}
     metrics, refs = flags.pop('metrics'), flags.pop('refs', ())
     return MeasureConfig(

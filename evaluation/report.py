@@ -20,12 +20,7 @@ from torch_utils import distributed
 
 
 def check_outputs(json: Path | None, record: Path | None) -> None:
-    """Make the folders of results, on rank 0, and find out before images are read that results cannot be written.
-
-    Raises:
-        UserError: where they cannot.
-        OSError: where a folder cannot be made.
-    """
+    """Make the folders of results, on rank 0, and find out before images are read that results cannot be written."""
     for path in (json, record):
         if path is not None and distributed.rank() == 0:
             make_folder(path.parent)

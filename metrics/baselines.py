@@ -86,11 +86,6 @@ def load_baseline(
     `.npz`: arrays `mu` [2048] and `sigma` [2048, 2048] of Inception features, perhaps `mu_s` and `sigma_s` of spatial
     ones. `.pkl`: a dict such as {'fid': {'mu', 'sigma'}, 'fd_dinov2': {...}}, or {'mu', 'sigma'}; read without running
     anything in it. Such files tell nothing of their images: number and shape are known of BASELINES only.
-
-    Raises:
-        UserError: where it lacks what a metric needs, holds something else, or the detector here has other weights
-            than the published ones.
-        OSError: where it cannot be read.
     """
     path = os.fspath(reference_file(ref, offline))
     statistics = _read_pickle(path) if path.lower().endswith('.pkl') else _read_npz(path)

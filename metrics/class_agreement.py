@@ -13,11 +13,7 @@ FOLDS = 5  # of the cross-validation that judges the classifier
 
 
 def require_sklearn() -> None:
-    """Check that scikit-learn is there, before any image is read.
-
-    Raises:
-        UserError: naming the extra that installs it.
-    """
+    """Check that scikit-learn is there, before any image is read."""
     if importlib.util.find_spec('sklearn') is None:
         raise UserError('class_agreement needs scikit-learn: install the extra `demo` (pip install scikit-learn)')
 
@@ -38,9 +34,6 @@ def class_agreement(real: Sample, images: Sample) -> dict[str, Any]:
     Returns:
         `value` in 0..1, `held_out_accuracy` in 0..1, `classifier` (what it was), and `per_class`: rows of class,
         count (images asked for), agreement (None where count is 0) and held_out_accuracy.
-
-    Raises:
-        UserError: where labels are missing, a class has fewer than 5 real images, or none that were asked for.
     """
     trained_on, real_labels = _arrays(real)
     judged, asked = _arrays(images)

@@ -92,11 +92,7 @@ FEATURES = {
 def load_detectors(
     names: Iterable[str], device: torch.device | str = 'cpu', options: DetectorOptions | None = None
 ) -> dict[str, Detector]:
-    """The detectors of those names, each once, ready for images on `device`.
-
-    Raises:
-        UserError: with the problems of all of them: no such detector, weights that are missing or not the published.
-    """
+    """The detectors of those names, each once, ready for images on `device`."""
     loaded, problems = {}, []
     for name in dict.fromkeys(names):
         if name not in DETECTORS:

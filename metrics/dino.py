@@ -21,11 +21,7 @@ OFFSET = 0.1  # added to the grid's side where DINOv2's authors interpolate posi
 
 
 def require_transformers() -> None:
-    """Check that transformers is there, before any image is read.
-
-    Raises:
-        UserError: naming the extra that installs it.
-    """
+    """Check that transformers is there, before any image is read."""
     if importlib.util.find_spec('transformers') is None:
         raise UserError('DINOv2 needs transformers: install the extra `dino` (pip install transformers)')
 
@@ -49,9 +45,6 @@ class DinoDetector(NetworkDetector):
         identity: With the SHA-256 of model.safetensors, whatever the version of the library.
         standard: Whether the weights are those that published numbers are made with; None where a folder says so
             of itself only.
-
-    Raises:
-        UserError: where the library or the model is not available, or it is another network.
     """
 
     def __init__(

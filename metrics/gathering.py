@@ -63,10 +63,6 @@ def gather(
         needs: The same on every rank.
         device: Where features are computed and kept.
         detectors: From `load_detectors`, on `device`.
-
-    Raises:
-        UserError: on every rank, where any of them cannot read an image, meets another shape than that of the set,
-            or gets features that are not finite.
     """
     needs = list(dict.fromkeys(needs))
     used = {need.detector: detectors[need.detector] for need in needs}

@@ -225,9 +225,6 @@ class InceptionDetector(NetworkDetector):
     Attributes:
         identity: With the SHA-256 of the weights.
         standard: Whether the weights are those that published numbers are made with.
-
-    Raises:
-        UserError: where the file is not available, has another SHA-256, or is no state dict of this network.
     """
 
     def __init__(
@@ -264,9 +261,6 @@ def find_weights(given: str | None, offline: bool = False) -> Path:
     """The weights file: the one named, that of $EDM2PLUS_INCEPTION, or the published one through the cache.
 
     With `offline` nothing is downloaded into that.
-
-    Raises:
-        UserError: where there is none; it says which file is needed, whence, and where to put it.
     """
     if path := given or os.environ.get(VARIABLE):
         if not Path(path).is_file():
@@ -282,11 +276,7 @@ def find_weights(given: str | None, offline: bool = False) -> Path:
 
 
 def load_inception(path: str | os.PathLike) -> InceptionV3:
-    """The network with the weights of a state-dict file, in evaluation mode; nothing in the file is run.
-
-    Raises:
-        UserError: where it is no state dict of this network, entry by entry.
-    """
+    """The network with the weights of a state-dict file, in evaluation mode; nothing in the file is run."""
     try:
         weights = torch.load(path, map_location='cpu', weights_only=True)
     except OSError:

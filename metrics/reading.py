@@ -84,11 +84,7 @@ def split_evenly(images: Images, parts: int) -> list[Images]:
 
 
 def describe(images: Images) -> ImageSet:
-    """What is known of a set before its first image is read.
-
-    Raises:
-        UserError: where it holds latents.
-    """
+    """What is known of a set before its first image is read."""
     if (encoder := getattr(images, 'encoder', 'rgb')) != 'rgb':
         raise UserError(
             f'{images.name} holds latents (encoder {encoder}), and metrics measure images: give the images that the '
@@ -102,7 +98,7 @@ def describe(images: Images) -> ImageSet:
 
 
 class _Batches(torch.utils.data.Dataset):
-    """Batch k of a set as one item, so that DataLoader's workers decode whole batches."""
+    """ImageBatch k of a set as one item, so that DataLoader's workers decode whole batches."""
 
     def __init__(self, images: Images, batch_size: int, mine: range):
         self.images, self.batch_size, self.mine = images, batch_size, mine
@@ -126,7 +122,7 @@ class _Batches(torch.utils.data.Dataset):
 def batch_range(count: int, batch_size: int) -> range:
     """Numbers of this rank's batches.
 
-    Batch k has images k * batch_size and on, whatever the number of ranks: features depend, in their last bits, on the
+    ImageBatch k has images k * batch_size and on, whatever the number of ranks: features depend, in their last bits, on the
     batch that an image is in.
     """
     return range(distributed.rank(), -(-count // batch_size), distributed.world_size())
@@ -140,9 +136,6 @@ def read_batches(images: Images, batch_size: int, title: str, workers: int = 0) 
         batch_size: Images at a time.
         title: Of the progress bar.
         workers: Processes that decode; 0 decodes in between.
-
-    Raises:
-        UserError: where an image cannot be read or is unlike the first.
     """
     source = _Batches(images, batch_size, batch_range(len(images), batch_size))
     loader = torch.utils.data.DataLoader(

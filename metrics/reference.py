@@ -39,11 +39,6 @@ def load_reference(path: str | os.PathLike, needs: Iterable[Need], detectors: Ma
         path: The file.
         needs: Of the metrics.
         detectors: From `load_detectors`: those that the images are seen by.
-
-    Raises:
-        UserError: where it is no such file, lacks what a metric needs, or was made with a detector of other identity
-            (other weights, say).
-        OSError: where it cannot be read.
     """
     needs = list(needs)
     with TensorFile(path, KIND) as file:

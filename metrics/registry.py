@@ -176,11 +176,7 @@ def metrics_table() -> str:
 
 
 def select_metrics(names: Iterable[str]) -> dict[str, Metric]:
-    """The metrics of those names, in that order, each once.
-
-    Raises:
-        UserError: for every unknown name (with near ones), and where a metric lacks a library.
-    """
+    """The metrics of those names, in that order, each once."""
     names = list(dict.fromkeys(name.strip() for name in names))
     unknown = [unknown_choice('metric', name, METRICS) for name in names if name not in METRICS]
     if unknown:
@@ -204,9 +200,6 @@ def check_sets(metrics: dict[str, Metric], real: ImageSet | None, images: ImageS
         metrics: From `select_metrics`.
         real: The reference; None where the metrics need none.
         images: The images.
-
-    Raises:
-        UserError: with all problems: shapes that differ, too few images, labels missing.
     """
     problems = []
     shapes = {tuple(which.image_shape) for which in (real, images) if which is not None and which.image_shape}

@@ -19,9 +19,6 @@ def evaluate(metrics: dict[str, Metric], real: Gathered | None, images: Gathered
     Returns:
         What JSON can say: `metrics` (numbers by name, each with `num_images` and `num_reference`), `detectors`
         (identities), `warnings` (sentences).
-
-    Raises:
-        UserError: where a metric refuses its input.
     """
     results = {}
     for name, metric in metrics.items():

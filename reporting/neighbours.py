@@ -43,11 +43,7 @@ class Neighbour:
 
 
 def features_of(name: str, device: torch.device | str = 'cpu') -> Features:
-    """What images are compared by: `pixels`, all of them, or the features of a detector such as `dinov2`.
-
-    Raises:
-        UserError: where there is no such detector, or its weights are not available.
-    """
+    """What images are compared by: `pixels`, all of them, or the features of a detector such as `dinov2`."""
     if name == 'pixels':
         return lambda images: images.flatten(1).float() / 255
     detector = load_detectors([name], device)[name]
@@ -55,11 +51,7 @@ def features_of(name: str, device: torch.device | str = 'cpu') -> Features:
 
 
 def find_neighbours(samples: Images, data: Images, count: int, features: Features) -> list[Neighbour]:
-    """The nearest training image of the first `count` samples, in one pass over the training images.
-
-    Raises:
-        UserError: where the two are not alike in shape, or there are not two training images.
-    """
+    """The nearest training image of the first `count` samples, in one pass over the training images."""
     count = min(count, len(samples))
     pictures, first = [samples.read(i) for i in range(count)], data.read(0)
     if pictures[0].shape != first.shape or first.dtype != np.uint8 or len(data) < 2:

@@ -58,11 +58,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """Read several, each with a name of its own.
-
-    Raises:
-        UserError: as `read_run`.
-    """
+    """Read several, each with a name of its own."""
     names = [folder.resolve().name for folder in folders]
     unique = len(set(names)) == len(names)
     return [read_run(folder, name if unique else str(folder)) for folder, name in zip(folders, names, strict=True)]

@@ -84,11 +84,7 @@ class Ablation(Churned):
         return found
 
     def path(self, sigma_min: float, sigma_max: float) -> Path:
-        """The chosen sigma(t) and s(t) for a range of noise levels.
-
-        Raises:
-            UserError: where no VP schedule has this range.
-        """
+        """The chosen sigma(t) and s(t) for a range of noise levels."""
         if self.schedule == 'vp':
             schedule = noise_schedules.VP.of_range(sigma_min, sigma_max, EPSILON_S)
         else:

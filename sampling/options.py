@@ -96,11 +96,7 @@ def sampler_config(
 
 
 def parse_classes(text: str | None, names: Sequence[str]) -> list[int] | None:
-    """Classes as `--class` gives them: `3`, `0-9`, `cat,dog`; a number is an index, a name is one of the network's.
-
-    Raises:
-        UserError: where a name is not that of a class.
-    """
+    """Classes as `--class` gives them: `3`, `0-9`, `cat,dog`; a number is an index, a name is one of the network's."""
     if text is None:
         return None
     found: list[int] = []
