@@ -1,5 +1,6 @@
 """Generate images from a network file: `python generate.py --net=FILE --seeds=0-99 --outdir=DIR`."""
 
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from dnnlib import cli
 from dnnlib.download import file_sha256
 from dnnlib.errors import UserError
-from dnnlib.files import make_folder
+from dnnlib.files import locked_folder, make_folder
 from dnnlib.parsing import parse_grid
 from networks.denoiser import Denoiser
 from networks.encoders import Encoder, load_encoder
@@ -94,12 +95,12 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
     if film is not None:
         check_trajectory(film)
         check_film(film, Path(outdir))
-    with distributed.session(flags.pop('device')) as device:
+    with distributed.session(flags.pop('device')) as device, contextlib.ExitStack() as lock:
         job = load(device, **flags)
         folder = make_folder(outdir)
         if film is not None:
             make_folder(film.parent)
-        prepare_together(folder, job.record, skip_existing, overwrite)
+        prepare_together(lock, folder, job.record, skip_existing, overwrite)
         if is_complete(folder):
             distributed.print0(f'{folder} is complete')
             return
@@ -132,11 +133,14 @@ def check_film(film: Path, folder: Path) -> None:
         raise UserError(f'--trajectory={film} must lie outside of {folder}, which holds nothing but images')
 
 
-def prepare_together(folder: Path, record: dict[str, Any], skip_existing: bool, overwrite: bool) -> None:
-    """`prepare` on rank 0 while the others wait; a refusal is raised on all of them, so that none waits forever."""
+def prepare_together(
+    lock: contextlib.ExitStack, folder: Path, record: dict[str, Any], skip_existing: bool, overwrite: bool
+) -> None:
+    """Lock the folder and `prepare` it on rank 0; a refusal is raised on all ranks, so that none waits forever."""
     refusal = ''
     if distributed.rank() == 0:
         try:
+            lock.enter_context(locked_folder(folder))
             prepare(folder, record, skip_existing, overwrite)
         except UserError as error:
             refusal = str(error)

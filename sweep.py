@@ -10,7 +10,7 @@ import click
 from dnnlib import cli
 from dnnlib.configs import differences
 from dnnlib.errors import UserError
-from dnnlib.files import locked_folder, make_folder, write_json
+from dnnlib.files import locked_folder, make_folder, read_object, write_json
 from dnnlib.memory import free_memory
 from dnnlib.plots import require_matplotlib
 from ema.reconstruct import find_snapshots
@@ -100,8 +100,7 @@ def _memory(gib: float | None) -> float:
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Write what all rows share, or make sure that it is what it was."""
     if path.exists():
-        old = json.loads(path.read_text(encoding='utf-8'))
-        found = differences(old, json.loads(json.dumps(settings)), {'versions'})
+        found = differences(read_object(path), json.loads(json.dumps(settings)), {'versions'})
         if found:
             raise UserError([f'{path.parent} holds another sweep', *found])
     write_json(path, settings)

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dnnlib.errors import UserError, quoted, unknown_choice
+from dnnlib.errors import UserError, printable, quoted, unknown_choice
 
 NAMES = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a name'}
 
@@ -115,6 +115,8 @@ def _fits(value: Any, hint: Any) -> bool:
         if len(kinds) == 2 and kinds[1] is ...:
             return all(_fits(v, kinds[0]) for v in value)
         return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(v, typing.get_args(hint)[1]) for v in value.values())
     if hint is Any or dataclasses.is_dataclass(hint):
         return hint is Any or isinstance(value, hint)
     if hint is float:
@@ -128,7 +130,9 @@ def _wanted(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
         count = '' if kinds[-1] is ... else f'{len(kinds)} '
-        return f'a list of {count}{NAMES.get(kinds[0], "value").split(" ", 1)[1]}s'
+        return f'a list of {count}{NAMES.get(kinds[0], "a value").split(" ", 1)[1]}s'
+    if typing.get_origin(hint) is dict:
+        return 'an object with named fields'
     return 'null' if hint is type(None) else NAMES.get(hint, getattr(hint, '__name__', str(hint)))
 
 
@@ -177,7 +181,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], free: Collection[str] 
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, free, f'{prefix}{name}.')
         elif a != b:
-            lines.append(f'{prefix}{name} is {b}, was {a}')
+            lines.append(f'{printable(prefix + name)} is {printable(b)}, was {printable(a)}')
     return lines
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import stat
 import tempfile
@@ -10,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, quoted
+
+MOST_NESTED = 50  # levels of JSON
 
 
 @contextlib.contextmanager
@@ -104,6 +107,43 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with atomic_path(path) as beside:
         beside.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object with finite numbers, nested 50 levels deep at most.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError('it is nested too deeply') from None
+    if not isinstance(value, dict):
+        raise ValueError('it is not an object with named fields')
+    level: list[Any] = [value]
+    for _ in range(MOST_NESTED):
+        level = [v for x in level for v in (x.values() if isinstance(x, dict) else x if isinstance(x, list) else ())]
+    if level:
+        raise ValueError('it is nested too deeply')
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f'{quoted(text)} is not a finite number')
+    return value
+
+
+def read_object(path: str | os.PathLike, most: int = 2**28) -> dict[str, Any]:
+    """The JSON object in a file of at most `most` bytes."""
+    try:
+        return parse_object(read_regular(path, most))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f'{os.fspath(path)} cannot be read: {error}') from None
 
 
 def make_folder(path: str | os.PathLike) -> Path:

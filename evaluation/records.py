@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import json
 import shlex
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from dnnlib.errors import UserError
+from dnnlib.files import parse_object
 from metrics.collectors import MOST_FEATURES
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
@@ -60,11 +60,11 @@ def find_generation(images: str) -> dict[str, Any] | None:
         else:
             with zipfile.ZipFile(path) as archive:
                 content = archive.read(GENERATION).decode()
-        record = json.loads(content)
+        record = parse_object(content)
     except (FileNotFoundError, KeyError):
         return None
     except ValueError as error:
-        raise UserError(f'{GENERATION} of {images} is not JSON: {error}') from None
+        raise UserError(f'{GENERATION} of {images} cannot be read: {error}') from None
     if isinstance(record, dict) and isinstance(record.get('seeds'), list):
         record['seeds'] = format_int_list(record['seeds'])
     return record

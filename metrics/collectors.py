@@ -9,6 +9,7 @@ import torch
 from metrics.image_sets import ImageBatch
 from metrics.statistics import FeatureStatistics
 from torch_utils import distributed
+from torch_utils.finite import nonfinite
 from torch_utils.random import stream
 
 MOST_FEATURES = 50_000  # that are kept of a set
@@ -24,7 +25,24 @@ def make_collector(kind: str, count: int, num_features: int, device: torch.devic
 
 
 def restore_collector(kind: str, tensors: dict[str, torch.Tensor]) -> 'Sums | Sample':
-    """The inverse of a collector's `to_tensors`; raises KeyError where one is missing."""
+    """The inverse of a collector's `to_tensors`.
+
+    Raises:
+        KeyError: where one is missing.
+        ValueError: where they do not fit each other, or hold what is not finite.
+    """
+    if kind in GROUPS:
+        groups = 'G' if tensors['mean'].ndim > 1 else ''
+        names = {'mean': f'{groups}F', 'scatter': f'{groups}FF', 'count': groups}
+    else:
+        names = {'features': 'NF', 'count': ''}
+    sizes: dict[str, int] = {}
+    for name, letters in names.items():
+        shape = tuple(tensors[name].shape)
+        if len(shape) != len(letters) or any(sizes.setdefault(c, n) != n for c, n in zip(letters, shape, strict=True)):
+            raise ValueError(f'{name} has the wrong shape {shape}')
+    if bad := nonfinite(tensors):
+        raise ValueError(f'{bad[0]} holds values that are not finite')
     return (Sums if kind in GROUPS else Sample).from_tensors(tensors)
 
 

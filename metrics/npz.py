@@ -1,6 +1,7 @@
 """The `.npz` files of evaluators: images, or statistics of them."""
 
 import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -8,7 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, printable
+from dnnlib.files import open_regular
+
+# What Python and NumPy raise for damaged files; RuntimeError includes what is nested too deeply or not implemented.
+DAMAGED = (ValueError, KeyError, TypeError, EOFError, OverflowError, MemoryError, RuntimeError, OSError,
+           struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
 
 
 class NpzImages:
@@ -56,15 +62,17 @@ class NpzImages:
 
 def npz_members(path: str | os.PathLike) -> dict[str, int]:
     """Names of the arrays in an `.npz`, with the CRC-32 of each."""
+    open_regular(path).close()  # an OSError that names the file
     try:
         with zipfile.ZipFile(path) as file:
             return {info.filename.removesuffix('.npy'): info.CRC for info in file.infolist()}
-    except zipfile.BadZipFile as error:
+    except DAMAGED as error:
         raise UserError(f'{os.fspath(path)} is not an .npz file: {error}') from None
 
 
 def npz_array(path: str | os.PathLike, name: str) -> np.ndarray:
     """An array of an `.npz`: mapped where it is stored uncompressed, read otherwise. Objects are refused."""
+    open_regular(path).close()
     try:
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo(f'{name}.npy')
@@ -78,10 +86,13 @@ def npz_array(path: str | os.PathLike, name: str) -> np.ndarray:
             if info.compress_type != zipfile.ZIP_STORED or 0 in shape:
                 with archive.open(info) as member:
                     return np.lib.format.read_array(member, allow_pickle=False)
+            with archive.open(info) as member:  # to its end, where its CRC-32 is compared
+                while member.read(2**20):
+                    pass
         with open(path, 'rb') as file:
             file.seek(info.header_offset + 26)
             lengths = np.frombuffer(file.read(4), '<u2')  # of the name and the extra field, in the local header
         start = info.header_offset + 30 + int(lengths.sum()) + skipped
         return np.memmap(path, dtype, 'r', start, shape, 'F' if fortran else 'C')
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f'{os.fspath(path)}: the array {name} cannot be read: {error}') from None
+    except DAMAGED as error:
+        raise UserError(f'{os.fspath(path)}: the array {name} cannot be read: {printable(error)}') from None

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, quoted
 from metrics.collectors import Sample, Sums, restore_collector
 from metrics.detectors import Detector
 from metrics.gathering import Gathered, Need
@@ -13,6 +13,17 @@ from torch_utils.tensor_files import TensorFile, save_tensors
 
 SUFFIX = '.safetensors'
 KIND = 'metric reference'
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a reference file says of itself; see `Gathered`. Older files have neither of the last two fields."""
+
+    images: ImageSet
+    detectors: dict[str, str]
+    versions: dict[str, str]
+    duplicates: int = 0
+    content: str | None = None
 
 
 def save_reference(path: str | os.PathLike, real: Gathered) -> None:
@@ -42,25 +53,18 @@ def load_reference(path: str | os.PathLike, needs: Iterable[Need], detectors: Ma
     """
     needs = list(needs)
     with TensorFile(path, KIND) as file:
-        if file.header.get('kind') != KIND:
-            raise UserError(f'{file.path} is not a {KIND} but a {file.header.get("kind", "file of unknown kind")}')
-        try:
-            about = ImageSet(**{**file.header['images'], 'image_shape': tuple(file.header['images']['image_shape'])})
-            identities, versions = dict(file.header['detectors']), file.header['versions']
-            duplicates, content = int(file.header.get('duplicates', 0)), file.header.get('content')  # new fields
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f'{file.path} is a damaged {KIND}: {error}') from None
-        collected = {need: _read(file, need, about) for need in needs}
+        header = file.about(Header)
+        collected = {need: _read(file, need, header.images) for need in needs}
+    identities = {need.detector: header.detectors.get(need.detector) for need in needs}
     problems = [
-        f'{path} was made with another detector: {identities[name]!r}, here it is {detectors[name].identity!r}; '
+        f'{path} was made with another detector: {quoted(identity)}, here it is {detectors[name].identity!r}; '
         'make it again from its data set'
-        for name in dict.fromkeys(need.detector for need in needs)
-        if identities[name] != detectors[name].identity
+        for name, identity in identities.items()
+        if identity != detectors[name].identity
     ]
     if problems:
         raise UserError(problems)
-    used = {need.detector: identities[need.detector] for need in needs}
-    return Gathered(about, used, collected, versions, duplicates, content)
+    return Gathered(header.images, identities, collected, header.versions, header.duplicates, header.content)
 
 
 def _read(file: TensorFile, need: Need, about: ImageSet) -> Sums | Sample:
@@ -76,3 +80,5 @@ def _read(file: TensorFile, need: Need, about: ImageSet) -> Sums | Sample:
         return restore_collector(need.kind, {name.removeprefix(prefix): file.get(name) for name in names})
     except KeyError as error:
         raise UserError(f'{file.path} is a damaged {KIND}: it lacks {prefix}{error.args[0]}') from None
+    except ValueError as error:
+        raise UserError(f'{file.path} is a damaged {KIND}: {prefix}{error}') from None

@@ -50,40 +50,8 @@ class NetworkInfo:
     class_names: tuple[str, ...] = ()
 
     def to_header(self) -> dict[str, Any]:
-        """As plain values; `from_header` is its inverse."""
+        """As plain values, which `NetworkFile` reads."""
         return {'kind': KIND, **dataclasses.asdict(self), 'config': self.config.to_json()}
-
-    @classmethod
-    def from_header(cls, header: dict[str, Any], path: str) -> 'NetworkInfo':
-        """Read a header.
-
-        Raises:
-            UserError: naming the file, where the header is not that of a network.
-        """
-        if header.get('kind') != KIND:
-            raise UserError(f'{path} is not a {KIND} but {quoted(header.get("kind", "of unknown kind"))}')
-        try:
-            config = NetworkConfig.from_json(header['config'])
-            encoder = str(header.get('encoder', 'rgb'))  # files of before there were others do not say
-            lengths = header.get('ema_lengths')
-            return cls(
-                config,
-                header['nimg'],
-                header['ema_std'],
-                header['preset'],
-                header['dataset'],
-                encoder,
-                None if lengths is None else tuple((str(pattern), float(std)) for pattern, std in lengths),
-                header.get('ema_halflife'),
-                header.get('sampler', {}),
-                tuple(map(str, header.get('class_names', ()))),
-            )
-        except KeyError as error:
-            raise UserError(f'{path}: the header lacks {error.args[0]!r}') from None
-        except (TypeError, AttributeError) as error:
-            raise UserError(f'{path}: the header cannot be read: {error}') from None
-        except UserError as error:
-            raise UserError(error.problems, where=path) from None
 
 
 class NetworkFile(TensorFile):
@@ -99,7 +67,7 @@ class NetworkFile(TensorFile):
 
     def __init__(self, path: str | os.PathLike):
         super().__init__(path, KIND)
-        self.info = NetworkInfo.from_header(self.header, self.path)
+        self.info = self.about(NetworkInfo, config=NetworkConfig.from_json)
 
 
 class PublishedNetworkFile(PublishedFile):

@@ -19,7 +19,7 @@ import PIL.Image
 import torch
 
 from dnnlib.errors import UserError
-from dnnlib.files import atomic_path, write_json
+from dnnlib.files import atomic_path, read_object, write_json
 from dnnlib.images import save_png
 from networks.encoders import Encoder
 from sampling.pipeline import Samples, decode
@@ -88,7 +88,7 @@ def _remove(folder: Path, names: Iterable[str | Path]) -> None:
 def _read_record(folder: Path) -> dict[str, Any] | None:
     """An earlier generation.json; None where there is none, or none that can be read."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding='utf-8'))
+        record = read_object(folder / RECORD)
         seeds_are_numbers = all(type(seed) is int for seed in record['seeds'])
         return record if seeds_are_numbers and {*SETTINGS, 'complete', 'format'} <= record.keys() else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):

@@ -440,7 +440,7 @@ def test_generation_is_found(tmp_path):
         assert find_generation(archive.filename) is None if archive.close() else True
     assert find_generation(str(tmp_path / 'x.zip')) is None
     (tmp_path / 'generation.json').write_text('{')
-    with pytest.raises(UserError, match=r'generation\.json of .* is not JSON'):
+    with pytest.raises(UserError, match=r'generation\.json of .* cannot be read'):
         find_generation(str(tmp_path))
 
 

@@ -255,7 +255,7 @@ def test_a_snapshot_cut_short_meanwhile_is_named(tmp_path):
     plan = Plan.make(find_snapshots(tmp_path / 'run'), lengths(0.08))
     path = tmp_path / 'run/network-snapshot-0000012-0.050.safetensors'
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(UserError, match=r'0000012-0\.050\.safetensors is cut short'):
+    with pytest.raises(UserError, match=r'0000012-0\.050\.safetensors is not a network file'):
         list(plan.reconstruct())
 
 

@@ -205,7 +205,7 @@ def test_states_that_lack_something_are_passed_over(config, run, capsys):
     folder = run('lacking', replace(config, duration=1024, preview=1024))
     path = state_files(folder)[-1]
     with TensorFile(path, 'training state') as file:
-        header, tensors = file.header, dict(file.items())
+        header, tensors = file.header | {'nimg': 9 * 1024}, dict(file.items())
     lacking = {
         'nimg': ({k: v for k, v in header.items() if k != 'nimg'}, tensors),
         'ema/0.1/unet.out_gain': (header, {k: v for k, v in tensors.items() if k != 'ema/0.1/unet.out_gain'}),

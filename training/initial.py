@@ -8,6 +8,7 @@ from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.files import NetworkFile, PublishedNetworkFile, fitting_network, open_network
 from torch_utils import distributed
+from torch_utils.finite import nonfinite, some
 from training.state import TrainState
 
 MAY_DIFFER = {'img_resolution', 'label_dim', 'augment_dim', 'architecture.dropout'}
@@ -35,6 +36,8 @@ def check_initial(source: str, config: NetworkConfig, offline: bool = False) -> 
                 f'the weights of {source}, for {there} pixels, do not fit {here}: {len(found)} tensors differ, such as'
             )
             raise UserError(f'{line} {found[0]}')
+        if bad := [name for name in file.names if nonfinite({name: file.get(name)})]:
+            raise UserError(f'{source} holds values that are not finite, in {some(bad)}')
 
 
 def misfits(file: NetworkFile | PublishedNetworkFile, net: Denoiser) -> list[str]:

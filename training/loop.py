@@ -14,10 +14,11 @@ from dataset.reader import ImageDataset
 from dnnlib.background import BackgroundWriter
 from dnnlib.configs import differences
 from dnnlib.errors import UserError
-from dnnlib.files import locked_folder, write_json
+from dnnlib.files import locked_folder, read_object, write_json
 from dnnlib.signals import StopSignals
 from networks.denoiser import Denoiser
 from torch_utils import distributed
+from torch_utils.finite import some
 from torch_utils.tensor_files import UnreadableFileError
 from training.config import TrainConfig, refuse_differences
 from training.heldout import Subset, held_out_loss, split
@@ -29,7 +30,7 @@ from training.monitor.plots import plot_loss
 from training.monitor.status import Progress
 from training.monitor.timing import Growing, PhaseTimer
 from training.order import BatchOrder, make_loader
-from training.state import TrainState, remove_leftovers, state_files
+from training.state import TrainState, remove_leftovers, state_files, way_back
 from training.step import Stepper
 
 # (network with EMA weights, nimg) -> picture, uint8 [H, W, C]; on rank 0.
@@ -135,6 +136,9 @@ class Routine:
         if self._due(config.status):
             measured = lead and self._due(MAGNITUDES_EVERY * config.status)
             self.progress.report(_measure_magnitudes(state, self.dataset) if measured else None)
+        save = self._due(config.checkpoint) or last
+        if save or self._due(config.snapshot):
+            self._refuse_poison()
         if lead and self._due(config.snapshot):
             with self.timer.phase('saving'):
                 self.writer.submit(state.saving_snapshots(self.folder))
@@ -144,7 +148,7 @@ class Routine:
             if self.early.due() or self._due(config.preview):
                 self.draw()
         # Last: where there is a state, all that was due before it has been done.
-        if self._due(config.checkpoint) or last:
+        if save:
             state.stats.collect()
             if lead:
                 with self.timer.phase('saving'):
@@ -158,6 +162,14 @@ class Routine:
         if self.preview:
             net = self.state.averaged_net(min(self.state.config.ema.stds))
             self.progress.add_picture(self.preview(net, self.state.nimg))
+
+    def _refuse_poison(self) -> None:
+        """Stop before anything is written where weights or averages are not finite; every rank calls it."""
+        bad = self.state.nonfinite()
+        if distributed.any_rank(bool(bad)):
+            self.writer.wait()
+            nimg, what = self.state.nimg, some(bad) if bad else 'tensors of another rank'
+            raise UserError(f'{what} not finite at {nimg} images; this was not saved; {way_back(self.folder, nimg)}')
 
     def _due(self, interval: int) -> bool:
         return self.state.nimg % interval == 0 or self.state.nimg >= self.state.config.duration
@@ -199,11 +211,7 @@ def resume(state: TrainState, folder: Path, allow_rounding: bool = False) -> Non
         UserError: where the folder holds another run (with a line per difference), or no state of several is readable.
     """
     if (folder / 'config.json').exists():
-        try:
-            old = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        except ValueError as error:
-            raise UserError(f'{folder}/config.json cannot be read: {error}') from None
-        refuse_differences(folder, old, state.config, allow_rounding)
+        refuse_differences(folder, read_object(folder / 'config.json'), state.config, allow_rounding)
     log = RunLog(folder if distributed.rank() == 0 else None)
     paths, broken = state_files(folder), []
     for path in reversed(paths):

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import nn
 
+LARGEST = torch.finfo(torch.float32).max
 NONFINITE = {'zero': (0.0, 0.0), 'clamp': (0.0, 1e5)}  # what NaN and infinities become; `clamp` is EDM's
 
 
@@ -47,9 +48,9 @@ class Optimizer:
     def problems(self) -> list[str]:
         """Everything that is wrong with it, in words."""
         found = [
-            f'{field.name} must be a finite number, not {value}'
+            f'{field.name} must be a finite number in float32, not {value}'
             for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), float) and not math.isfinite(value)
+            if isinstance(value := getattr(self, field.name), float) and not abs(value) <= LARGEST
         ]
         if self.lr <= 0 or self.decay < 0 or self.rampup < 0:
             given = f'{self.lr}, {self.decay} and {self.rampup}'

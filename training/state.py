@@ -9,16 +9,26 @@ from typing import Any
 
 import torch
 
+from dnnlib.errors import UserError, printable
 from ema.half_life import HalfLifeEMA
 from ema.power import PowerEMA
 from networks.denoiser import PRECISIONS, Denoiser
 from networks.files import NetworkInfo, build_network, save_network
+from torch_utils.finite import nonfinite, some
 from torch_utils.tensor_files import TensorFile, UnreadableFileError, save_tensors
 from training.config import KIMG, TrainConfig, refuse_differences
 from training.monitor.step_stats import PendingStats
 
 KIND = 'training state'
 ADAM = ('step', 'exp_avg', 'exp_avg_sq')  # what Adam keeps of a parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class StateInfo:
+    """What a training state says of itself: the images seen, and the run's config as plain values."""
+
+    nimg: int
+    config: dict[str, Any]
 
 
 class TrainState:
@@ -63,12 +73,12 @@ class TrainState:
         """Copy everything to the host's memory now, the statistics as they were last collected.
 
         Returns:
-            What writes it to `training-state-KIMG.safetensors`, then drops all but the newest states; training may
-            continue meanwhile.
+            What writes it to `training-state-KIMG.safetensors`, then drops all but the newest states, none while
+            gradients are not finite; training may continue meanwhile.
         """
         copies = {name: _host_copy(t) for name, t in self._tensors().items()}
         header = {'kind': KIND, 'nimg': self.nimg, 'config': self.config.to_json()}
-        path, keep = folder / f'training-state-{self.nimg // KIMG:07d}.safetensors', self.config.keep
+        path, keep = folder / state_name(self.nimg), 0 if self.stats.current_streak() else self.config.keep
 
         def write() -> None:
             save_tensors(path, copies, header)
@@ -82,16 +92,17 @@ class TrainState:
         """Restore what `saving` wrote; see `refuse_differences` for `allow_rounding`.
 
         Raises:
-            UnreadableFileError: where the file cannot be read or lacks something; nothing is loaded then.
+            UnreadableFileError: where the file is damaged, lacks something, or holds what is not finite; nothing is
+                loaded then.
             UserError: where the run it comes from is another one (a line per difference).
         """
-        with TensorFile(path, KIND) as file:
-            if file.header.get('kind') != KIND or not {'nimg', 'config'} <= file.header.keys():
-                raise UnreadableFileError(f'{path} is not a {KIND}')
-            refuse_differences(path.parent, file.header['config'], self.config, allow_rounding)
+        with TensorFile(path, KIND, verify=True) as file:
+            info = file.about(StateInfo)
+            if info.nimg < 0 or state_name(info.nimg) != path.name:
+                raise UnreadableFileError(f'{path} is the state at {info.nimg} images, which its name does not say')
+            refuse_differences(path.parent, info.config, self.config, allow_rounding)
             tensors = dict(file.items())
             self._check(path, tensors)
-            nimg = file.header['nimg']
         for key, net in self.method.networks.items():
             net.load_state_dict({name: tensors[f'{key}/{name}'] for name in net.state_dict()})
             self._load_optimizer(key, tensors)
@@ -99,7 +110,11 @@ class TrainState:
             for name, t in average.items():
                 t.copy_(tensors[f'{prefix}/{name}'])
         self.stats.load({name: tensors[f'stats/{name}'] for name in self.stats.NAMES})
-        self.nimg = nimg
+        self.nimg = info.nimg
+
+    def nonfinite(self) -> list[str]:
+        """Names of weights, averages and what the optimizers keep that are not finite; waits for the device."""
+        return nonfinite({name: t for name, t in self._tensors().items() if not name.startswith('stats/')})
 
     def update_averages(self) -> None:
         """Average in the weights as they are after a step."""
@@ -126,21 +141,21 @@ class TrainState:
         return tensors | {f'stats/{name}': t for name, t in self.stats.tensors().items()}
 
     def _check(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        """Make sure that all is there, and of the right shape, before anything is overwritten."""
-        shapes: dict[str, torch.Size | None] = {}
+        """Make sure that all is there, of the right shape and type, and finite, before anything is overwritten."""
+        expected = {name: t for name, t in self._tensors().items() if not name.startswith('optimizer/')}
         for key, net in self.method.networks.items():
-            shapes |= {f'{key}/{name}': t.shape for name, t in net.state_dict().items()}
             for name, p in net.named_parameters():
                 prefix = f'optimizer/{key}/{name}'
                 if any(f'{prefix}/{kind}' in tensors for kind in ADAM):
-                    shapes |= {f'{prefix}/{kind}': p.shape if kind != 'step' else torch.Size() for kind in ADAM}
-        for prefix, average in self._averages().items():
-            shapes |= {f'{prefix}/{name}': t.shape for name, t in average.items()}
-        for name, t in self.stats.tensors().items():
-            shapes[f'stats/{name}'] = t.shape if name == 'streak' else None
-        for name, shape in shapes.items():
-            if name not in tensors or (shape is not None and tensors[name].shape != shape):
-                raise UnreadableFileError(f'{path} lacks {name}, or has it in another shape')
+                    expected |= {f'{prefix}/{kind}': p if kind != 'step' else torch.zeros(()) for kind in ADAM}
+        for name, t in expected.items():
+            there = tensors.get(name)
+            if there is None or there.dtype != t.dtype or not _same_shape(there, t, name.startswith('stats/')):
+                raise UnreadableFileError(f'{path} lacks {name}, or has it in another shape or type')
+        if unknown := sorted(tensors.keys() - expected.keys()):
+            raise UnreadableFileError(f'{path} holds {printable(unknown[0])}, which this run does not have')
+        if bad := nonfinite({name: t for name, t in tensors.items() if not name.startswith('stats/')}):
+            raise UnreadableFileError(f'{path} holds values that are not finite, in {some(bad)}')
 
     def _load_optimizer(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
         optimizer = self.method.optimizers[key]
@@ -182,6 +197,10 @@ class TrainState:
             for name, average, about in averages
         ]
 
+        for path, copies, _ in snapshots:
+            if bad := nonfinite(copies):
+                raise UserError(f'{path.name} would hold values that are not finite, in {some(bad)}; nothing was saved')
+
         def write() -> None:
             for path, copies, about in snapshots:
                 save_network(path, copies, about, dtype=None)
@@ -192,6 +211,10 @@ class TrainState:
         """A network of its own with one EMA's weights, in evaluation mode."""
         weights = {name: t.clone() for name, t in self.ema.averages[std].items()}
         return build_network(self.config.network, weights, self.net.device, self.config.precision)
+
+
+def _same_shape(a: torch.Tensor, b: torch.Tensor, any_length: bool) -> bool:
+    return a.ndim == b.ndim and a.shape[any_length:] == b.shape[any_length:]
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -206,7 +229,29 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def state_name(nimg: int) -> str:
+    """Name of the file of a state."""
+    return f'training-state-{nimg // KIMG:07d}.safetensors'
+
+
 def state_files(folder: str | os.PathLike) -> list[Path]:
     """Training states in a run folder, oldest first."""
     found = [path for path in Path(folder).iterdir() if re.fullmatch(r'training-state-\d+\.safetensors', path.name)]
-    return sorted(found, key=lambda path: int(path.stem.rsplit('-', 1)[1]))
+    return sorted(found, key=_kimg)
+
+
+def _kimg(path: Path) -> int:
+    return int(path.stem.rsplit('-', 1)[1])
+
+
+def way_back(folder: Path, nimg: int) -> str:
+    """How to return to the last state at or before `nimg`, in words."""
+    good = [path for path in state_files(folder) if _kimg(path) * KIMG <= nimg]
+    newer = [path.name for path in state_files(folder) if path not in good]
+    if not good:
+        return 'there is no good state to go back to'
+    first = f'remove {", ".join(newer)}, and then ' if newer else ''
+    return (
+        f'the last good state is {good[-1]}: {first}the same command continues from it; should it end here again, '
+        'begin another run with --init=SNAPSHOT and a lower --lr'
+    )

@@ -24,6 +24,7 @@ from torch_utils.tensor_files import TensorFile, UnreadableFileError, save_tenso
 
 KEEP_FROM = 20_000  # images; the index of fewer is made in a moment
 VERSION = 1
+KIND = 'dataset index'
 COLUMNS = ('sizes', 'offsets', 'packed', 'crcs', 'methods')
 
 
@@ -41,6 +42,17 @@ class DatasetIndex:
     files: FileTable
     labels: Labels
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a kept index says of itself; `state` is what it is valid for."""
+
+    version: int
+    state: dict[str, Any]
+    made_with: dict[str, Any]
+    fingerprint: str
+    class_names: tuple[str, ...] | None = None
 
 
 def index_path(path: str | os.PathLike) -> Path:
@@ -103,7 +115,7 @@ def _save(index: DatasetIndex, state: Mapping[str, Any], path: Path) -> None:
         arrays['labels'] = index.labels.classes
     arrays['crcs'] = arrays['crcs'].view(np.int32)
     header = {
-        'kind': 'dataset index',
+        'kind': KIND,
         'version': VERSION,
         'state': state,
         'made_with': index.labels.made_with,
@@ -116,16 +128,14 @@ def _save(index: DatasetIndex, state: Mapping[str, Any], path: Path) -> None:
 def _load(path: str | os.PathLike) -> DatasetIndex | None:
     """The kept index, None where there is none that holds for the dataset as it is now."""
     try:
-        with TensorFile(index_path(path), 'dataset index') as file:
-            header = file.header
-            if (header['version'], header['kind']) != (VERSION, 'dataset index'):
-                return None
-            if header['state'] != _state(path, header['state'].get('folders', ())):
+        with TensorFile(index_path(path), KIND) as file:
+            header = file.about(Header)
+            if header.version != VERSION or header.state != _state(path, header.state.get('folders', ())):
                 return None
             arrays = {name: tensor.numpy() for name, tensor in file.items()}
         arrays['crcs'] = arrays['crcs'].view(np.uint32)
         table = FileTable(Names(arrays['text'], arrays['ends']), **{name: arrays[name] for name in COLUMNS})
-        labels = Labels(arrays.get('labels'), header.get('class_names'), header['made_with'])
-        return DatasetIndex(table, labels, header['fingerprint'])
+        labels = Labels(arrays.get('labels'), header.class_names and list(header.class_names), header.made_with)
+        return DatasetIndex(table, labels, header.fingerprint)
     except (OSError, UnreadableFileError, KeyError, TypeError, AttributeError):
         return None

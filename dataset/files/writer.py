@@ -15,7 +15,7 @@ from dataset.files.archive import is_zip_name
 from dataset.files.labels import CLASSES_KEY, LABEL_FILE, NOTE_KEY
 from dataset.files.zip_format import DamagedZipError, ZipWriter
 from dnnlib.errors import UserError
-from dnnlib.files import atomic_path, locked_folder, make_folder, write_json
+from dnnlib.files import atomic_path, locked_folder, make_folder, read_object, write_json
 from dnnlib.images import to_pil
 
 JOURNAL = 'journal.json'
@@ -28,7 +28,7 @@ def work_folder(dest: str | os.PathLike) -> Path:
 
 def read_journal(folder: Path) -> dict[str, Any]:
     """The journal of a dataset that is being made: about, count, size, state; ValueError where it is damaged."""
-    return json.loads((folder / JOURNAL).read_text(encoding='utf-8'))
+    return read_object(folder / JOURNAL)
 
 
 class DatasetWriter(contextlib.AbstractContextManager):

@@ -20,6 +20,7 @@ from torch_utils import distributed
 from torch_utils.parallel import in_order
 from torch_utils.tensor_files import TensorFile, UnreadableFileError, save_tensors
 
+KIND = 'latents'
 CHUNK = 250  # images that a rank encodes before it writes them; no more than these are lost
 DOWNSAMPLING = 8  # by the VAE
 
@@ -98,7 +99,7 @@ def _is_done(folder: Path, chunk: range, count: int) -> bool:
     if chunk.stop <= count:
         return True
     try:
-        with TensorFile(_chunk_path(folder, chunk), 'chunk of latents') as file:
+        with TensorFile(_chunk_path(folder, chunk), KIND) as file:
             return len(file.get('latents')) == len(chunk)
     except (OSError, UnreadableFileError):
         return False
@@ -124,7 +125,7 @@ def _encode_chunks(
             bar.update(len(indices))
             chunk = chunks[indices.start // CHUNK]
             if indices.stop == chunk.stop:
-                save_tensors(_chunk_path(folder, chunk), {'latents': torch.cat(latents)}, {'kind': 'latents'})
+                save_tensors(_chunk_path(folder, chunk), {'latents': torch.cat(latents)}, {'kind': KIND})
                 latents = []
 
 
@@ -142,7 +143,7 @@ def _put_together(
         if chunk.stop <= writer.count:
             continue
         path = _chunk_path(writer.folder, chunk)
-        with TensorFile(path, 'chunk of latents') as file:
+        with TensorFile(path, KIND) as file:
             moments = file.get('latents')
         for row in moments:
             writer.add('.npy', encode_npy(row.numpy()))

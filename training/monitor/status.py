@@ -17,7 +17,7 @@ from training.monitor.log import METRICS_FILE, STATS_FILE, RunLog
 from training.monitor.magnitudes import Magnitudes, mean_and_max
 from training.monitor.step_stats import StepStats, summarize
 from training.monitor.timing import PhaseTimer
-from training.state import TrainState
+from training.state import TrainState, way_back
 
 
 class Progress:
@@ -80,15 +80,20 @@ class Progress:
             'by_noise': losses['by_noise'],
             **({'magnitudes': mean_and_max(magnitudes)} if magnitudes else {}),
         }
+        vanished, steps = stats.vanished(), len(stats.grad_norm)
         stats.clear()
         self.since, self.since_nimg = now, self.state.nimg
         if self.bar is not None:
             self._tell(record, magnitudes)
+            if vanished:
+                self.say(f'warning: gradients were 0 in {vanished} of {steps} steps; a larger --ls may help, or fp32')
         if exceeded:
             culprits = ', '.join(record['nonfinite_in'])
+            before = record['nimg'] - self.config.batch * int(stats.streak)
             raise UserError(
                 f'gradients were not finite in {self.config.nonfinite_steps} steps in a row, last at '
-                f'{record["nimg"]} images, mostly of {culprits}; this state was not saved'
+                f'{record["nimg"]} images, mostly of {culprits}; this state was not saved; '
+                f'{way_back(self.folder, before)}'
             )
 
     def _tell(self, record: dict[str, Any], magnitudes: Magnitudes | None) -> None:

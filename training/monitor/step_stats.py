@@ -146,6 +146,15 @@ class PendingStats:
         for name in self.NAMES:
             setattr(self, name, tensors[name].clone())
 
+    def current_streak(self) -> int:
+        """Steps in a row, up to the last that was collected, with gradients that were not finite."""
+        bad = self.nonfinite.any(dim=1).tolist()
+        return bad[::-1].index(False) if False in bad else int(self.streak) + len(bad)
+
+    def vanished(self) -> int:
+        """Number of steps with finite gradients of which every element was 0."""
+        return int(((self.grad_norm == 0) & ~self.nonfinite.any(dim=1)).sum())
+
     def bad_gradients(self, names: list[str], limit: int) -> tuple[dict[str, Any], bool]:
         """Look at the gradients that were not finite, and count the steps in a row that had some.
 
