@@ -52,7 +52,7 @@ def _version(package: str) -> str | None:
 
 
 def find_generation(images: str) -> dict[str, Any] | None:
-    """generation.json of a folder, in a zip, or beside an `.npz`: how the images were made. None where there is none."""
+    """generation.json of a folder, in a zip, or beside an `.npz`: how images were made. None where there is none."""
     path = Path(images)
     try:
         if path.is_dir() or path.suffix == '.npz':

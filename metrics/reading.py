@@ -122,8 +122,8 @@ class _Batches(torch.utils.data.Dataset):
 def batch_range(count: int, batch_size: int) -> range:
     """Numbers of this rank's batches.
 
-    ImageBatch k has images k * batch_size and on, whatever the number of ranks: features depend, in their last bits, on the
-    batch that an image is in.
+    ImageBatch k has images k * batch_size and on, whatever the number of ranks: features depend, in their last bits, on
+    the batch that an image is in.
     """
     return range(distributed.rank(), -(-count // batch_size), distributed.world_size())
 
