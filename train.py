@@ -28,6 +28,7 @@ from training.config import KIMG, TrainConfig
 from training.cost import device_memory, fitting_micro_batch, format_bytes, memory, plan
 from training.initial import check_initial
 from training.loop import Measure, Preview, train
+from training.methods.table import METHODS
 from training.monitor.board import require_tensorboard
 from training.monitor.log import RunLog
 from training.presets.table import PRESETS, get_preset, make_config
@@ -54,6 +55,9 @@ main_group, recipe, execution, output = (
 @main_group('--outdir', metavar='DIR', help='Run folder; a run found in it is resumed.')
 @main_group('--init', metavar='FILE|URL', help='Network file to start from, ours or a published EDM or EDM2 pickle.')
 @main_group('--cond', type=bool, default=True, show_default=True, help='Train class-conditionally.')
+@recipe('--method', metavar='NAME', help=f'{" or ".join(METHODS)}.')
+@recipe('--teacher', metavar='FILE|URL', help='Network file to distill, with --method=moment-matching.')
+@recipe('--steps-student', type=int, metavar='INT', help='Sampling steps of its student.  [default: 8]')
 @recipe('--duration', type=cli.NIMG, help='Length of the run, such as 8Mi.')
 @recipe('--batch', type=cli.NIMG, help='Images in a step, over all ranks.')
 @recipe('--channels', type=int, metavar='INT', help='Width of the first level of the network.')
@@ -170,7 +174,8 @@ def resolve(
         click.echo(
             f'warning: {preset} is made for images of shape {expected}, these are {dataset.image_shape}', err=True
         )
-    config = make_config(preset, overrides, dataset, data or '', cond).check(world_size)
+    config = make_config(preset, overrides, dataset, data or '', cond)
+    config = config.method.resolved(config, offline).check(world_size)
     if config.init:
         check_initial(config.init, config.network, offline)
     return config, dataset

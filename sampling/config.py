@@ -27,6 +27,7 @@ class SamplerConfig:
         guidance: Weight of the main network against the guiding one; 1 is no guidance.
         guidance_interval: Noise levels (low, high] at which there is guidance.
         noise_device: Where random numbers are drawn, `cpu` or `cuda`.
+        distilled: Whether the network was trained for these steps of this sampler, and takes no others well.
     """
 
     steps: int = 32
@@ -35,17 +36,13 @@ class SamplerConfig:
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, math.inf)
     noise_device: str = 'cpu'
+    distilled: bool = False
 
     def sigmas(self, preconditioning: Preconditioning | None = None) -> torch.Tensor:
         """The noise levels, float64 [steps + 1], the last one 0; within the range that the network knows, if given."""
-        disc = self.disc
         if preconditioning is None:
-            return disc.sigmas(self.steps)
-        ends = {'sigma_min': max(disc.sigma_min, preconditioning.sigma_min),
-                'sigma_max': min(disc.sigma_max, preconditioning.sigma_max)}  # fmt: skip
-        if ends != {name: getattr(disc, name) for name in ends}:
-            disc = dataclasses.replace(disc, **ends)
-        sigmas = disc.sigmas(self.steps)
+            return self.disc.sigmas(self.steps)
+        sigmas = known_range(self.disc, preconditioning).sigmas(self.steps)
         return torch.cat([preconditioning.round(sigmas[:-1]), sigmas[-1:]])
 
     @property
@@ -79,3 +76,10 @@ class SamplerConfig:
         if found := self.problems():
             raise UserError(found)
         return self
+
+
+def known_range(disc: Any, preconditioning: Preconditioning) -> Any:
+    """A discretization whose ends are within the noise levels that a network knows."""
+    ends = {'sigma_min': max(disc.sigma_min, preconditioning.sigma_min),
+            'sigma_max': min(disc.sigma_max, preconditioning.sigma_max)}  # fmt: skip
+    return disc if ends == {name: getattr(disc, name) for name in ends} else dataclasses.replace(disc, **ends)

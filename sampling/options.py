@@ -66,7 +66,7 @@ def sampler_config(
         guidance: Its weight, which each script asks for in its own way; None for what the file says.
         own: Settings in the network file, or a config.
     """
-    config = own if isinstance(own, SamplerConfig) else SamplerConfig.from_json(own or {})
+    config = own = own if isinstance(own, SamplerConfig) else SamplerConfig.from_json(own or {})
     given = {name: value for name, value in flags.items() if value is not None}
     changes = {name: given.pop(name) for name in TABLES if name in given and given[name] != _name(config, name)}
     for name in given:
@@ -92,7 +92,10 @@ def sampler_config(
         changes[f'{where}.{name}' if where else name] = value
     if found:
         raise UserError(found)
-    return replaced(config, changes).check()
+    asked = replaced(config, changes).check()
+    if config.distilled and (asked.steps, asked.sampler, asked.disc) != (own.steps, own.sampler, own.disc):
+        click.echo(f'warning: the network was distilled for {own.steps} steps of its own sampler', err=True)
+    return asked
 
 
 def parse_classes(text: str | None, names: Sequence[str]) -> list[int] | None:

@@ -24,6 +24,7 @@ from typing import ClassVar
 
 import torch
 
+from diffusion.posterior import posterior
 from dnnlib.configs import option
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [N,C,H,W], sigma scalar) -> D [N,C,H,W]
@@ -215,19 +216,13 @@ class Ancestral(Sampler):
             denoised = evaluate(of_step(denoise, sigma), x, sigma)
             if self.clip:
                 denoised = denoised.clamp(-self.clip, self.clip)
-            r = (sigma_next / sigma) ** 2
-            x = r * x + (1 - r) * denoised
+            x, least = posterior(x, denoised, sigma, sigma_next)
             if sigma_next > 0:
-                x = x + math.sqrt(self.step_variance(sigma, sigma_next)) * noise(x)
+                most_to_least = (1 + sigma_next**-2) / (1 + sigma**-2)
+                x = x + math.sqrt(least * most_to_least**self.variance) * noise(x)
             if observe is not None:
                 observe(i, sigma, denoised)
         return x
-
-    def step_variance(self, sigma: float, sigma_next: float) -> float:
-        """Of the noise of a step between two noise levels above 0."""
-        least = sigma_next**2 * (1 - (sigma_next / sigma) ** 2)
-        most_to_least = (1 + sigma_next**-2) / (1 + sigma**-2)
-        return least * most_to_least**self.variance
 
     def problems(self) -> list[str]:
         """Everything that is wrong with its options, in words."""

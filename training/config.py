@@ -15,8 +15,8 @@ from sampling.config import SamplerConfig
 from training.methods.table import METHODS
 from training.optimizer import Optimizer
 
-# Fields that a resumed run may change: none of them alters what is learned from the next image. The dataset is told
-# by its fingerprint, not its name.
+# Fields that a resumed run may change: none of them alters what is learned from the next image. A dataset and a
+# teacher are told by their fingerprints, not their names.
 FREE_TO_CHANGE = {
     'data',
     'dataset',
@@ -32,6 +32,7 @@ FREE_TO_CHANGE = {
     'nonfinite_steps',
     'workers',
     'sampler',
+    'method.teacher',
     'result',
 }
 # Fields that leave the mathematics as they are but not the rounding; a resumed run may change them when told to.

@@ -28,7 +28,9 @@ def plan(config: TrainConfig, world_size: int) -> list[tuple[str, str]]:
     snapshots = math.ceil(config.duration / config.snapshot)
     states = math.ceil(config.duration / config.checkpoint)
     kept = min(states, config.keep) if config.keep else states
-    state_bytes = 4 * (numbers * (1 + emas) + 2 * cost.parameters)  # weights, averages, two moments
+    state_bytes = 4 * (
+        numbers * emas + config.method.trained * (numbers + 2 * cost.parameters)
+    )  # averages; weights, two moments
     snapshot = PRECISIONS[config.snapshot_precision].itemsize * numbers
     rows = [
         ('parameters', f'{cost.parameters / 1e6:.2f} M'),
@@ -97,8 +99,9 @@ def memory(config: TrainConfig, world_size: int) -> dict[str, int]:
     with torch.device('meta'):
         parameters = sum(p.numel() for p in Denoiser(config.network).parameters())
     activations, weights = kept_for_gradients(config.network, config.precision)
-    copies = 1 + 1 + 2 + _emas(config)  # weights, gradients, two moments, averages
-    copies += 1 if world_size > 1 else 0  # buckets in which gradients travel
+    method = config.method
+    copies = method.trained * (1 + 1 + 2) + method.frozen + _emas(config)  # weights, gradients, two moments; averages
+    copies += method.trained if world_size > 1 else 0  # buckets in which gradients travel
     return {
         'parameters, gradients, optimizer, EMAs': 4 * parameters * copies,
         'normalized weights': weights,

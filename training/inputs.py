@@ -1,6 +1,7 @@
 """From what a dataset stores to what a network is trained on."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,9 +101,16 @@ def training_draws(
     Returns:
         sigma float32 [N] and standard normal noise float32 [N, C, H, W].
     """
-    size = torch.Size(shape).numel()
-    draws = torch.empty(len(numbers), 1 + size, device=device)
+    z, noise = normal_draws(seed, 'noise', numbers, shape, device)
+    return levels.from_normal(z), noise
+
+
+def normal_draws(
+    seed: int, purpose: str, numbers: Sequence[int], shape: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard normal numbers of each image for some purpose, as in `training_draws`: float32 [N] and [N, *shape]."""
+    draws = torch.empty(len(numbers), 1 + math.prod(shape), device=device)
     generator = torch.Generator(device)
     for row, number in zip(draws, numbers, strict=True):
-        row.normal_(generator=generator.manual_seed(stream_seed(seed, 'noise', number)))
-    return levels.from_normal(draws[:, 0]), draws[:, 1:].reshape(len(numbers), *shape)
+        row.normal_(generator=generator.manual_seed(stream_seed(seed, purpose, number)))
+    return draws[:, 0], draws[:, 1:].reshape(len(numbers), *shape)

@@ -37,7 +37,7 @@ from training.step import Stepper
 Preview = Callable[[Denoiser, int], Any]
 # (network with EMA weights, nimg) -> metrics, by name; on every rank.
 Measure = Callable[[Denoiser, int], dict[str, Any]]
-LOCAL_FIELDS = {'data', 'workers'}  # may differ between ranks
+LOCAL_FIELDS = {'data', 'workers', 'method.teacher'}  # may differ between ranks
 MAGNITUDES_EVERY = 16  # status intervals between measurements of magnitudes
 MAGNITUDES_IMAGES = 16
 

@@ -31,6 +31,8 @@ class DenoisingConfig:
     levels: Any = tagged(LEVELS, default=LogNormal(-0.8, 1.6))
     weighting: Any = tagged(WEIGHTINGS, default=EDM())
 
+    trained, frozen = 1, 0
+
     def build(self, config: Any, device: torch.device) -> 'Denoising':
         """The method for a run, a `TrainConfig`."""
         return Denoising(config, device)
@@ -38,6 +40,10 @@ class DenoisingConfig:
     def problems(self, network: NetworkConfig) -> list[str]:
         """Everything that is wrong with it, in words."""
         return [*self.levels.problems(), *self.weighting.problems()]
+
+    def resolved(self, config: Any, offline: bool) -> Any:
+        """The run as it is."""
+        return config
 
 
 class Denoising:

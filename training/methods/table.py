@@ -5,6 +5,8 @@ A method has a frozen dataclass of its own numbers, `config.method` of a run, wi
     levels, weighting          what images are noised with, and what an error costs on held-out images
     build(config, device)      the method for a run
     problems(network)          everything that is wrong with it, in words
+    resolved(config, offline)  the run with what files decide, such as a teacher's; most change nothing
+    trained, frozen            number of networks of each kind, for the plan of a run
 
 and what `build` returns has
 
@@ -18,5 +20,6 @@ such as a teacher, belong to the method alone: they are built again when a run i
 """
 
 from training.methods.denoising import DenoisingConfig
+from training.methods.moment_matching import MomentMatchingConfig
 
-METHODS: dict[str, type] = {'denoising': DenoisingConfig}
+METHODS: dict[str, type] = {'denoising': DenoisingConfig, 'moment-matching': MomentMatchingConfig}

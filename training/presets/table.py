@@ -23,6 +23,8 @@ FIELDS = {
         name: f'network.architecture.{name}'
         for name in ('channel_mult', 'num_blocks', 'attn_resolutions', 'channels_per_head', 'block', 'dropout')
     },
+    'teacher': 'method.teacher',
+    'steps_student': 'method.steps',
     'P_mean': 'method.levels.P_mean',
     'P_std': 'method.levels.P_std',
     'lr': 'optimizer.lr',
@@ -72,6 +74,7 @@ def make_config(
     if not cond:
         network = dataclasses.replace(network, label_dim=0)
     config = dataclasses.replace(config, network=network)
-    config = replaced(config, {FIELDS.get(name, name): value for name, value in overrides.items()})
+    changes = {FIELDS.get(name, name): value for name, value in overrides.items()}
+    config = replaced(config, dict(sorted(changes.items(), key=lambda item: item[0].count('.'))))  # a whole, then parts
     # The network is told of augmentations where there are some.
     return replaced(config, {'network.augment_dim': 0 if config.augment is None else config.augment.dim})
