@@ -28,7 +28,7 @@ Examples:
 @click.option('--set', 'settings', multiple=True, metavar='FIELD=VALUE', help="Change a field of the preset's config.")
 @click.option('--net', 'net_path', metavar='FILE|URL', help='Network file, or a published EDM or EDM2 pickle.')
 @click.option('--offline', is_flag=True, help='Download nothing; a URL comes from the cache.')
-@click.option('--tables', is_flag=True, help="The size columns of the EDM2+ paper's tables beside ours, as Markdown.")
+@click.option('--tables', is_flag=True, help="The size columns of the papers' tables beside ours, as Markdown.")
 @click.option('--json', 'as_json', is_flag=True, help='For programs.')
 def main(preset, settings, net_path, offline, tables, as_json):
     """Count parameters, operations and memory of one forward pass at batch 1.

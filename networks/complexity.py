@@ -28,7 +28,6 @@ PER_OUTPUT = {
     aten.silu: 3,
     aten.gelu: 4,
     **dict.fromkeys((aten.lerp, aten.clamp), 2),
-    aten.native_group_norm: 5,  # mean, variance, subtract, scale, shift
     **dict.fromkeys((aten.avg_pool2d, aten.upsample_nearest2d), 4),
 }
 MATRIX_PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}  # and which argument is the left factor
@@ -53,7 +52,7 @@ def operation_cost(func: Any, args: tuple, out: Any) -> tuple[str, int, int]:
         macs = (x.numel() if transposed else size) * weight[0].numel()  # weight: [Cout, Cin / groups, kh, kw]
         depthwise = groups > 1
         if weight.shape[1] == 1 and stride[0] > 1:
-            return 'resampling', macs, 0
+            return 'resampling', weight[0].numel() * size, 0
         kind = 'depthwise convolution' if depthwise else f'{weight.shape[2]}x{weight.shape[3]} convolution'
         return kind, macs, macs
     if packet in MATRIX_PRODUCTS:
@@ -61,8 +60,8 @@ def operation_cost(func: Any, args: tuple, out: Any) -> tuple[str, int, int]:
         return 'linear', macs, macs
     if packet in (aten.linalg_vector_norm, aten.mean):
         return 'norm', args[0].numel(), 0
-    if packet is aten.native_group_norm:  # mean, variance, shift and scale, twice where there are trained ones
-        return 'norm', (4 if args[1] is None else 6) * size, 0
+    if packet is aten.native_group_norm:  # mean, variance, then one scale and shift, which hold the trained ones
+        return 'norm', 4 * size, 0
     if packet in PER_OUTPUT:
         return kind, PER_OUTPUT[packet] * size, 0
     if packet in FREE:

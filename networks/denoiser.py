@@ -6,7 +6,6 @@ from torch import nn
 from dnnlib.configs import tag_of
 from dnnlib.errors import choose
 from networks.config import NetworkConfig
-from networks.edm2.magnitude import MPConv, MPFourier
 from networks.families import ARCHITECTURES, FAMILIES
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -31,8 +30,7 @@ class Denoiser(nn.Module):
         with torch.random.fork_rng(devices=[]):  # PyTorch's layers draw weights of their own, which do not stay
             self.unet = family.build(config.architecture, config.interface)
         if config.uncertainty:
-            self.logvar_fourier = MPFourier(config.uncertainty)
-            self.logvar_linear = MPConv(config.uncertainty, 1, kernel=0)
+            self.logvar_fourier, self.logvar_linear = family.head(config.architecture, config.uncertainty)
         if self.device.type != 'meta':
             self.reset_parameters(seed)
 

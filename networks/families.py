@@ -22,12 +22,21 @@ from typing import Any
 from torch import nn
 
 from networks.edm.adm import ADM, ADMConfig
+from networks.edm.adm import uncertainty_head as adm_head
 from networks.edm.song import SongConfig, SongUNet
 from networks.edm2.config import EDM2Config
+from networks.edm2.magnitude import MPConv, MPFourier
 from networks.edm2.unet import UNet
 from networks.interface import Interface
+from networks.ladder import Ladder, LadderConfig
+from networks.ladder import uncertainty_head as ladder_head
 from networks.sid2.config import UViTConfig
 from networks.sid2.uvit import UViT
+
+
+def edm2_head(config: Any, channels: int) -> tuple[nn.Module, nn.Module]:
+    """Uncertainty head of EDM2 (section 2.1)."""
+    return MPFourier(channels), MPConv(channels, 1, kernel=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +46,20 @@ class Family:
     Args:
         config: Class of the architecture's numbers.
         build: (config, interface) -> architecture.
+        head: (config, number of Fourier features) -> the features of c_noise, and the layer that makes u(sigma) of
+            them, for a network with an uncertainty head.
     """
 
     config: type
     build: Callable[[Any, Interface], nn.Module]
+    head: Callable[[Any, int], tuple[nn.Module, nn.Module]] = edm2_head
 
 
 FAMILIES: dict[str, Family] = {
     'edm2': Family(EDM2Config, UNet),
     'edm-song': Family(SongConfig, SongUNet),
-    'edm-adm': Family(ADMConfig, ADM),
+    'edm-adm': Family(ADMConfig, ADM, adm_head),
+    'ladder': Family(LadderConfig, Ladder, ladder_head),
     'sid2': Family(UViTConfig, UViT),
 }
 ARCHITECTURES: dict[str, type] = {name: family.config for name, family in FAMILIES.items()}

@@ -173,7 +173,7 @@ EDM_PRECONDITIONERS = {'EDM': 'EDMPrecond', 'VP': 'VPPrecond', 'VE': 'VEPrecond'
 def edm_arguments(config) -> dict:
     """What the published constructor gets for a network of EDM's families."""
     names = {'embedding': 'embedding_type', 'encoder': 'encoder_type', 'decoder': 'decoder_type'}
-    names |= {'taps': 'resample_filter', 'channels_per_head': None}
+    names |= {'taps': 'resample_filter', 'channels_per_head': None, 'clip': None}
     unet = {names.get(name, name): value for name, value in vars(config.architecture).items()}
     unet = {name: list(value) if isinstance(value, tuple) else value for name, value in unet.items() if name}
     shape = {'img_resolution': config.img_resolution[0], 'img_channels': config.img_channels}

@@ -35,6 +35,8 @@ def test_tables_of_the_paper_to_the_last_digit(tables):
         for row in table['rows']:
             if row['presets'][0].startswith('sid2'):
                 continue
+            if row['presets'][0].startswith('edm2-ladder'):  # with one more operation for each weight
+                row['our_gflops'] += row['our_mparams'] / 1000
             digits = len(row['mparams'].partition('.')[2])
             agrees = [
                 f'{ours:.{digits}f}' == row[name]
@@ -45,7 +47,7 @@ def test_tables_of_the_paper_to_the_last_digit(tables):
             else:
                 assert all(agrees), row
             seen += 1
-    assert seen == 10 + 6 + 9
+    assert seen == 10 + 6 + 9 + 7
 
 
 @pytest.mark.parametrize(
@@ -174,4 +176,4 @@ def test_results_of_presets_are_those_of_the_tables():
         result = get_preset(row.presets[0]).result
         assert result.startswith(f'FID {row.fid}'), row
         checked += 1
-    assert checked == 8 + 5 + 7 + 5
+    assert checked == 8 + 5 + 7 + 7 + 5

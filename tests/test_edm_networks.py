@@ -114,7 +114,7 @@ def test_parameters_of_every_block(golden):
             net = build(config, Interface((side, side), 3, 3, 0))
         counts = {key: sum(p.numel() for p in net.get_submodule(key).parameters()) for key in rows if '+' not in key}
         assert counts == {key: count for key, count in rows.items() if '+' not in key}
-        assert next(name for name, _ in net.stages()) == f'{side}x{side}_conv'
+        assert next(name for name, _ in net.stages()) == f'enc {side}x{side}_conv'
 
 
 @pytest.mark.parametrize('name', CONFIGS)

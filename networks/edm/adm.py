@@ -9,6 +9,7 @@ from torch import nn
 
 from networks.edm.layers import Conv2d, GroupNorm, Init, Linear, positional_embedding, reset_parameters
 from networks.edm.unet import Block, Place, Style, UNetConfig, width_problems
+from networks.edm2.magnitude import MPFourier
 from networks.interface import Interface
 
 INIT = Init('in', math.sqrt(1 / 3), math.sqrt(1 / 3))
@@ -22,6 +23,7 @@ class ADMConfig(UNetConfig):
 
     Args:
         channels_per_head: Width of an attention head.
+        clip: Largest feature that leaves a block, as EDM2 clips them; None for any.
     """
 
     model_channels: int = 192
@@ -29,6 +31,7 @@ class ADMConfig(UNetConfig):
     num_blocks: int = 3
     attn_resolutions: tuple[int, ...] = (32, 16, 8)
     channels_per_head: int = 64
+    clip: float | None = None
 
     def places(self, interface: Interface) -> tuple[list[Place], list[Place]]:
         """The blocks of encoder and decoder."""
@@ -39,6 +42,8 @@ class ADMConfig(UNetConfig):
         found = self.value_problems(interface)
         if self.channels_per_head < 1:
             found.append(f'channels_per_head must be at least 1, not {self.channels_per_head}')
+        if self.clip is not None and not self.clip > 0:
+            found.append(f'clip must be positive, not {self.clip}')
         if self.model_channels % 2:
             found.append(f'model_channels must be even, not {self.model_channels}')
         if found:
@@ -75,6 +80,7 @@ class ADM(nn.Module):
         style = Style(
             emb, config.dropout, INIT, INIT_ZERO, INIT, EPS,
             adaptive_scale=True, skip_scale=1.0, resample_proj=False, channels_per_head=config.channels_per_head,
+            clip=config.clip,
         )  # fmt: skip
         encoder, decoder = config.places(interface)
         height, breadth = interface.img_resolution
@@ -90,7 +96,9 @@ class ADM(nn.Module):
 
     def stages(self) -> Iterator[tuple[str, nn.Module]]:
         """Named parts in order of execution."""
-        yield from [*self.enc.items(), *self.dec.items(), ('output', self.out_conv)]
+        yield from (('enc ' + name, part) for name, part in self.enc.items())
+        yield from (('dec ' + name, part) for name, part in self.dec.items())
+        yield 'output', self.out_conv
 
     def embed(self, c_noise: torch.Tensor, labels: torch.Tensor | None, augment: torch.Tensor | None) -> torch.Tensor:
         """What conditions the blocks, float32 [N, emb_channels]."""
@@ -118,3 +126,8 @@ class ADM(nn.Module):
         for name, layer in self.dec.items():
             x = layer(torch.cat([x, skips.pop()], dim=1) if 'block' in name else x, emb)
         return self.out_conv(nn.functional.silu(self.out_norm(x)))
+
+
+def uncertainty_head(config: ADMConfig, channels: int) -> tuple[MPFourier, Linear]:
+    """Features of c_noise, and the layer that makes u(sigma) of them, in the style of the network (EDM2's config B)."""
+    return MPFourier(channels, gain=1.0), Linear(channels, 1, INIT)

@@ -138,7 +138,8 @@ class SongUNet(nn.Module):
 
     def stages(self) -> Iterator[tuple[str, nn.Module]]:
         """Named parts in order of execution."""
-        yield from [*self.enc.items(), *self.dec.items()]
+        yield from (('enc ' + name, part) for name, part in self.enc.items())
+        yield from (('dec ' + name, part) for name, part in self.dec.items())
 
     def embed(self, c_noise: torch.Tensor, labels: torch.Tensor | None, augment: torch.Tensor | None) -> torch.Tensor:
         """What conditions the blocks, float32 [N, emb_channels]; sines come before cosines here."""

@@ -135,6 +135,7 @@ class Style:
         resample_proj: Whether a resampled skip path has a 1x1 convolution even where the width stays.
         taps: Of the resampling filter.
         channels_per_head: Of the attention; None for one head.
+        clip: Largest feature that leaves a block; None for any.
     """
 
     emb_channels: int
@@ -148,6 +149,7 @@ class Style:
     resample_proj: bool
     taps: tuple[int, ...] = (1, 1)
     channels_per_head: int | None = None
+    clip: float | None = None
 
 
 class Block(nn.Module):
@@ -185,10 +187,13 @@ class Block(nn.Module):
         else:
             h = self.norm1(h + a)
         h = self.conv1(self.dropout(silu(h)))
-        x = (h + (x if self.skip is None else self.skip(x))) * style.skip_scale
+        x = self._sum(h, x if self.skip is None else self.skip(x))
         if self.attention:
-            x = (self.proj(self._attend(self.qkv(self.norm2(x)))) + x) * style.skip_scale
-        return x
+            x = self._sum(self.proj(self._attend(self.qkv(self.norm2(x)))), x)
+        return x if style.clip is None else x.clip(-style.clip, style.clip)
+
+    def _sum(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a + b if self.style.skip_scale == 1 else (a + b) * self.style.skip_scale
 
     def _attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """softmax(q k / sqrt(d)) v of qkv [N, 3 C, H, W] with channels in the order (head, channel, {q, k, v})."""

@@ -42,16 +42,18 @@ def mp_cat(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
 
 
 class MPFourier(nn.Module):
-    """Random Fourier features of a scalar (EDM2 eq. 75): sqrt(2) cos(freqs x + phases), in float32.
+    """Random Fourier features of a scalar (EDM2 eq. 75): gain cos(freqs x + phases), in float32.
 
     freqs ~ 2 pi N(0, 1) and phases ~ 2 pi U(0, 1) are constant buffers.
 
     Args:
         channels: Number of features.
+        gain: sqrt(2) makes their magnitude 1; before config G it is 1 (EDM2 eq. 35).
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, gain: float = math.sqrt(2)):
         super().__init__()
+        self.gain = gain
         self.register_buffer('freqs', torch.empty(channels))
         self.register_buffer('phases', torch.empty(channels))
 
@@ -62,7 +64,7 @@ class MPFourier(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [N] -> float32 [N, channels]."""
-        return math.sqrt(2) * (x[:, None] * self.freqs + self.phases).cos()
+        return self.gain * (x[:, None] * self.freqs + self.phases).cos()
 
 
 class MPConv(nn.Module):
@@ -78,6 +80,8 @@ class MPConv(nn.Module):
         groups: Groups of channels that do not mix; `in_channels` makes it depthwise.
     """
 
+    forced = True
+
     def __init__(self, in_channels: int, out_channels: int, kernel: int, groups: int = 1):
         super().__init__()
         assert in_channels % groups == 0 and out_channels % groups == 0
@@ -92,11 +96,14 @@ class MPConv(nn.Module):
 
     def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
         """[N, Cin, H, W] -> [N, Cout, H, W], or [N, Cin] -> [N, Cout] for a linear layer, in x's dtype."""
-        if self.training:
+        if self.training and self.forced:
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight))
-        fan_in = self.weight[0].numel()
-        w = (normalize(self.weight) * (gain / math.sqrt(fan_in))).to(x.dtype)
+        w = self.used_weight(gain).to(x.dtype)
         if w.ndim == 2:
             return x @ w.t()
         return nn.functional.conv2d(x, w, padding=w.shape[-1] // 2, groups=self.groups)
+
+    def used_weight(self, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """What the input is multiplied with, float32."""
+        return normalize(self.weight) * (gain / math.sqrt(self.weight[0].numel()))

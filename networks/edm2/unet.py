@@ -30,6 +30,18 @@ def resample(x: torch.Tensor, mode: str) -> torch.Tensor:
     return x
 
 
+def cosine_attention(qkv: torch.Tensor, channels_per_head: int) -> torch.Tensor:
+    """Attention with q, k and v of unit magnitude over each head's channels (EDM2 section 2.3).
+
+    [N, 3 C, H, W] with channels in the order (head, channel, {q, k, v}) -> [N, C, H, W].
+    """
+    n, c3, h, w = qkv.shape
+    qkv = qkv.permute(0, 2, 3, 1).reshape(n, h * w, c3 // 3 // channels_per_head, channels_per_head, 3)
+    q, k, v = (part.transpose(1, 2) for part in normalize(qkv, dims=(3,)).unbind(dim=-1))  # [N, heads, H W, d]
+    y = nn.functional.scaled_dot_product_attention(q, k, v)
+    return y.transpose(1, 2).reshape(n, h, w, c3 // 3).permute(0, 3, 1, 2)
+
+
 class Block(nn.Module):
     """One block of the U-Net: resampling, a residual branch with embedding modulation, attention where asked.
 
@@ -91,7 +103,8 @@ class Block(nn.Module):
             x = self.conv_skip(x)
         x = mp_sum(x, y, RESIDUAL_BALANCE)
         if self.attn_qkv is not None:
-            x = mp_sum(x, self._attention(x), ATTENTION_BALANCE)
+            y = cosine_attention(self.attn_qkv(x), self.channels_per_head)
+            x = mp_sum(x, self.attn_proj(y), ATTENTION_BALANCE)
         return x.clip(-CLIP_ACTIVATIONS, CLIP_ACTIVATIONS)
 
     def _residual(self, y: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
@@ -109,16 +122,6 @@ class Block(nn.Module):
             else:
                 y = getattr(self, step)(y)
         return y
-
-    def _attention(self, x: torch.Tensor) -> torch.Tensor:
-        """Cosine attention (EDM2 section 2.3): q, k and v have unit magnitude over each head's channels."""
-        n, c, h, w = x.shape
-        qkv = self.attn_qkv(x).permute(0, 2, 3, 1)  # [N, H, W, 3 C], C = (head, channel, {q, k, v})
-        qkv = qkv.reshape(n, h * w, c // self.channels_per_head, self.channels_per_head, 3)
-        q, k, v = (part.transpose(1, 2) for part in normalize(qkv, dims=(3,)).unbind(dim=-1))  # [N, heads, H W, d]
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
-        y = y.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
-        return self.attn_proj(y)
 
 
 class UNet(nn.Module):

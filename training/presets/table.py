@@ -8,11 +8,11 @@ from dataset.reader import ImageDataset
 from dnnlib.configs import replaced
 from dnnlib.errors import choose
 from training.config import TrainConfig
-from training.presets import edm, edm2, sid2
+from training.presets import edm, edm2, ladder, sid2
 
 PRESETS: dict[str, TrainConfig] = {
     name: dataclasses.replace(preset, preset=name)
-    for table in (edm2.PRESETS, edm.PRESETS, sid2.PRESETS)
+    for table in (edm2.PRESETS, edm.PRESETS, ladder.PRESETS, sid2.PRESETS)
     for name, preset in table.items()
 }
 
