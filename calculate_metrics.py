@@ -22,7 +22,14 @@ from metrics.registry import metrics_table, needs_of, reference_problems
 from metrics.results import set_warnings
 from networks.encoders import load_encoder
 from networks.files import load_network
-from sampling.options import parse_classes, sampler_config, sampler_options, take_sampler_flags
+from sampling.options import (
+    execution_options,
+    note_compiling,
+    parse_classes,
+    sampler_config,
+    sampler_options,
+    take_sampler_flags,
+)
 from sampling.pipeline import check_fit
 from torch_utils import distributed
 
@@ -147,9 +154,10 @@ def measure_stored(
 @click.option('--offline', is_flag=True, help='Download nothing; URLs come from the cache.')
 @click.option('--vae', metavar='DIR', help='Folder of the VAE, for latents on machines without a network.')
 @click.option('--precision', help='Of the features.', metavar='fp32|bf16|fp16', default='fp32', show_default=True)
+@execution_options
 @measuring()
-def gen(config, net_path, gnet_path, seeds, repeats, classes, guidance, offline, vae, precision, device, json, record,
-        **flags):  # fmt: skip
+def gen(config, execution, net_path, gnet_path, seeds, repeats, classes, guidance, offline, vae, precision, device,
+        json, record, **flags):  # fmt: skip
     """Generate images and measure them; no image is written. Images are those of generate.py for the same options.
 
     \b
@@ -171,8 +179,9 @@ def gen(config, net_path, gnet_path, seeds, repeats, classes, guidance, offline,
         width = max(seeds) - min(seeds) + 1
         runs = [[seed + k * width for seed in seeds] for k in range(repeats)]
         encoder, name = load_encoder(info.encoder, place, vae), Path(net_path).name
-        ways = [Generation(run, sampler, encoder, guiding_net, classes, name) for run in runs]
+        ways = [Generation(run, sampler, encoder, guiding_net, classes, name, execution) for run in runs]
         config.check(ways[0].describe(net.config))
+        note_compiling(execution, len(seeds) * repeats)
         evaluator = Evaluator(config, place)
         evaluator.prepare(ways[0].describe(net.config))
         check_outputs(json, record)
@@ -184,6 +193,7 @@ def gen(config, net_path, gnet_path, seeds, repeats, classes, guidance, offline,
             'classes': classes,
             'vae': vae,
             'precision': precision,
+            'execution': dataclasses.asdict(execution),
         }
         report(evaluator, (evaluator.generated(net, how) for how in ways), source, json, record)
 

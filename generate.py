@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from tqdm import tqdm
 
 from dnnlib import cli
@@ -20,10 +21,18 @@ from networks.encoders import Encoder, load_encoder
 from networks.files import NetworkInfo, load_network, network_path
 from networks.published.models import models_table, resolve_model
 from sampling.config import SamplerConfig
-from sampling.options import parse_classes, sampler_config, sampler_options, take_sampler_flags
+from sampling.options import (
+    execution_options,
+    note_compiling,
+    parse_classes,
+    sampler_config,
+    sampler_options,
+    take_sampler_flags,
+)
 from sampling.output import ImageWriter, finish, image_name, is_complete, missing_seeds, prepare
 from sampling.pictures import check_trajectory, column_names, default_layout, draw_grid, draw_trajectory
 from sampling.pipeline import check_fit, choose_labels, count_evaluations, sample, trajectory
+from sampling.portions import Execution
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
 
@@ -76,7 +85,7 @@ def print_presets(ctx: click.Context, param: click.Parameter, value: bool) -> No
               help=f'Show the denoised estimate of the first {TRAJECTORY_SEEDS} seeds over the steps.')  # fmt: skip
 @click.option('--vae', metavar='DIR', help='Folder of the VAE, for latents on machines without a network.')
 @click.option('--precision', default='fp32', show_default=True, metavar='fp32|bf16|fp16', help='Of the features.')
-@click.option('--compile', 'compiled', is_flag=True, help='Compile the networks first (minutes; pays on long runs).')
+@execution_options
 @click.option('--offline', is_flag=True, help='Download nothing; URLs and presets come from the cache.')
 @click.option('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
 def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
@@ -106,6 +115,7 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
             return
         missing = missing_seeds(folder, seeds, job.record['subdirs']) if skip_existing else seeds
         distributed.barrier()  # all ranks have looked before any writes
+        note_compiling(job.execution, len(missing))
         write_images(folder, missing, job)
         distributed.barrier()
         if distributed.rank() == 0:
@@ -114,7 +124,9 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
             captions = column_names(seeds, job.classes, job.class_names, columns)
             draw_grid(Path(f'{folder}-grid.png'), folder, names, (rows, columns), captions)
             if film is not None:
-                draw_trajectory(film, trajectory(job.net, seeds[:TRAJECTORY_SEEDS], *job.how, job.encoder))
+                draw_trajectory(
+                    film, trajectory(job.net, seeds[:TRAJECTORY_SEEDS], *job.how, job.encoder, job.execution)
+                )
             finish(folder, job.record, choose_labels(job.net.config, seeds, None, job.classes), job.class_names)
             click.echo(summary(folder, job.record, len(seeds) - len(missing)))
 
@@ -157,6 +169,7 @@ class Job:
         how: SamplerConfig, guiding network or None, classes or None: arguments of `sample`.
         encoder: Makes images of samples.
         batch: Images at a time.
+        execution: How networks are evaluated.
         record: What generation.json says.
         class_names: Of all classes, where the network file has them.
     """
@@ -165,6 +178,7 @@ class Job:
     how: tuple[SamplerConfig, Denoiser | None, list[int] | None]
     encoder: Encoder
     batch: int
+    execution: Execution
     record: dict[str, Any]
     class_names: tuple[str, ...]
 
@@ -187,7 +201,7 @@ def load(
     form,
     vae,
     precision,
-    compiled,
+    execution,
     offline,
 ) -> Job:
     """Load the networks, check that all fits together, and describe it."""
@@ -200,9 +214,6 @@ def load(
     check_fit(net, guiding_net, config, classes)
     check_encoders(info, guiding_info)
     encoder = load_encoder(info.encoder, device, vae)
-    if compiled:
-        for one in {net, guiding_net} - {None}:
-            one.compile(dynamic=False)
     record = {
         'net': describe(net_path, info),
         'guiding_net': gnet_path if gnet_path in (None, SELF) else describe(gnet_path, guiding_info),
@@ -215,14 +226,15 @@ def load(
         'encoder': info.encoder,
         'vae': vae,
         'precision': precision,
-        'compiled': compiled,
+        'execution': dataclasses.asdict(execution),
+        'threads': torch.get_num_threads(),
         'device': device.type,
         'batch': batch,
         'world_size': distributed.world_size(),
         'versions': library_versions(),
         'command': f'python {shlex.join(sys.argv)}',
     }
-    return Job(net, (config, guiding_net, classes), encoder, batch, record, info.class_names)
+    return Job(net, (config, guiding_net, classes), encoder, batch, execution, record, info.class_names)
 
 
 def describe(path: str, info: NetworkInfo) -> dict[str, Any]:
@@ -244,7 +256,7 @@ def write_images(folder: Path, missing: list[int], job: Job) -> None:
     rank, ranks = distributed.rank(), distributed.world_size()
     bar = tqdm(total=len(missing), unit='img', disable=True if rank else None)
     with bar, ImageWriter(folder, job.record['subdirs'], job.encoder) as writer:
-        for samples in sample(job.net, missing[rank::ranks], *job.how, job.batch):
+        for samples in sample(job.net, missing[rank::ranks], *job.how, job.batch, job.execution):
             writer.put(samples)
             bar.update(min(ranks * len(samples.seeds), len(missing) - bar.n))
 

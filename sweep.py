@@ -20,7 +20,7 @@ from evaluation.records import format_int_list
 from evaluation.sweep import Sweep, plot_sweep
 from networks.encoders import load_encoder
 from networks.files import load_network
-from sampling.options import sampler_config, sampler_options, take_sampler_flags
+from sampling.options import execution_options, note_compiling, sampler_config, sampler_options, take_sampler_flags
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
 
@@ -48,8 +48,9 @@ Examples:
 @click.option('--memory', type=click.FloatRange(min=0), metavar='GIB', help='For networks; half of what is free.')
 @click.option('--vae', metavar='DIR', help='Folder of the VAE, for latents on machines without a network.')
 @click.option('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
-def main(indir, outdir, outstd, outnimg, seeds, gnet_path, guidance, batch, precision, instd, memory, vae, device,
-         **flags):  # fmt: skip
+@execution_options
+def main(execution, indir, outdir, outstd, outnimg, seeds, gnet_path, guidance, batch, precision, instd, memory, vae,
+         device, **flags):  # fmt: skip
     """Measure networks of many EMA lengths (and training times, and guidance weights), a row for each.
 
     The same command continues a sweep that was stopped, and measures nothing twice; lengths, times and weights may be
@@ -77,7 +78,8 @@ def main(indir, outdir, outstd, outnimg, seeds, gnet_path, guidance, batch, prec
     with distributed.session(device) as chosen:
         encoder = load_encoder(snapshots[0].info.encoder, chosen, vae)
         guiding_net = load_network(gnet_path, chosen, precision)[0] if gnet_path else None
-        how = Generation(seeds, sampler, encoder, guiding_net)
+        how = Generation(seeds, sampler, encoder, guiding_net, execution=execution)
+        note_compiling(execution, len(seeds))
         evaluator = Evaluator(config, chosen)
         evaluator.prepare(how.describe(snapshots[0].info.config))
         if distributed.rank() == 0:

@@ -23,8 +23,10 @@ from metrics.results import evaluate
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import Encoder, PixelEncoder
+from networks.folding import folded
 from sampling.config import SamplerConfig
 from sampling.pipeline import generate
+from sampling.portions import EAGER, Execution
 from torch_utils import distributed
 
 VAE_FACTOR = 8  # side of a picture over that of its latents
@@ -76,6 +78,7 @@ class Generation:
         guiding_net: For guidance.
         classes: To cycle through; None draws them.
         name: What messages and records call the images.
+        execution: How networks are evaluated.
     """
 
     seeds: Sequence[int]
@@ -84,6 +87,7 @@ class Generation:
     guiding_net: Denoiser | None = None
     classes: Sequence[int] | None = None
     name: str = 'generated images'
+    execution: Execution = EAGER
 
     def describe(self, network: NetworkConfig) -> ImageSet:
         """The images that such a network makes, before it makes them."""
@@ -94,11 +98,13 @@ class Generation:
 
     def batches(self, net: Denoiser, batch_size: int) -> Iterator[ImageBatch]:
         """This rank's batches of images; see `batch_range` for why they do not depend on the number of ranks."""
-        with progress(len(self.seeds), 'images', shown=distributed.rank() == 0) as advance:
+        nets = {net, self.guiding_net} - {None}
+        with folded(nets), progress(len(self.seeds), 'images', shown=distributed.rank() == 0) as advance:
             for k in batch_range(len(self.seeds), batch_size):
                 indices = torch.arange(k * batch_size, min((k + 1) * batch_size, len(self.seeds)))
                 seeds = [self.seeds[i] for i in indices.tolist()]
-                (made,) = generate(net, seeds, self.sampler, self.guiding_net, self.classes, batch_size, self.encoder)
+                how = (self.sampler, self.guiding_net, self.classes, batch_size, self.encoder, self.execution)
+                (made,) = generate(net, seeds, *how)
                 yield ImageBatch(made.images, made.labels, indices, [f'seed {seed}' for seed in seeds])
                 advance(len(seeds) * distributed.world_size())
 

@@ -4,6 +4,7 @@ Each is a field of `SamplerConfig`, or of a sampler or a discretization, whose f
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +17,11 @@ from dnnlib.configs import replaced, tag_of
 from dnnlib.errors import UserError, quoted, unknown_choice
 from dnnlib.parsing import parse_int_list
 from sampling.config import SamplerConfig
+from sampling.portions import Execution
 from sampling.table import SAMPLERS
+from torch_utils import distributed
 
+WORTH_COMPILING = 64  # images of a rank, about: a minute or two against a tenth to a third of each image's time
 TABLES = {'sampler': SAMPLERS, 'disc': DISCRETIZATIONS}
 
 
@@ -54,6 +58,26 @@ def sampler_options(command: Callable) -> Callable:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def execution_options(command: Callable) -> Callable:
+    """Add to a click command how networks are evaluated; it takes an `execution`."""
+
+    @click.option('--exact', is_flag=True, help='On a CPU: the same bits for every number of threads.')
+    @click.option(
+        '--compile', 'compiled', is_flag=True, help='Compile the networks first (minutes; pays on long runs).'
+    )
+    @functools.wraps(command)
+    def run(exact, compiled, **flags):
+        return command(execution=Execution(exact, compiled), **flags)
+
+    return run
+
+
+def note_compiling(execution: Execution, images: int) -> None:
+    """Say, on rank 0, where compiling will hardly pay."""
+    if execution.compiled and images < WORTH_COMPILING * distributed.world_size() and distributed.rank() == 0:
+        click.echo(f'--compile takes minutes, and saves a part of each image: {images} are few for it', err=True)
 
 
 def sampler_config(

@@ -12,7 +12,7 @@ from networks.denoiser import Denoiser
 from networks.encoders import Encoder, PixelEncoder
 from sampling.config import SamplerConfig
 from sampling.guidance import guide
-from sampling.portions import Portions, evaluating
+from sampling.portions import EAGER, Execution, Portions, evaluating
 from sampling.samplers import Denoise, Observe
 from torch_utils.threads import one_thread
 
@@ -86,6 +86,7 @@ def sample(
     guiding_net: Denoiser | None = None,
     classes: Sequence[int] | None = None,
     batch_size: int = 64,
+    execution: Execution = EAGER,
 ) -> Iterator[Samples]:
     """Sample for one seed after the other, in batches, and leave the decoding to the caller.
 
@@ -98,6 +99,7 @@ def sample(
         classes: Classes to cycle through: seed k gets classes[k mod len(classes)]. None draws each image's class
             from its seed.
         batch_size: Images at a time.
+        execution: How networks are evaluated.
 
     Yields:
         Samples in the order of the seeds.
@@ -105,7 +107,7 @@ def sample(
     config = config.check()
     check_fit(net, guiding_net, config, classes)
     nets = [net] if guiding_net is None else [net, guiding_net]
-    with evaluating(nets, min(batch_size, len(seeds))) as portions:
+    with evaluating(nets, min(batch_size, len(seeds)), execution) as portions:
         for start in range(0, len(seeds), batch_size):
             yield _sample_batch(portions, list(seeds[start : start + batch_size]), config, classes)
 
@@ -118,17 +120,18 @@ def generate(
     classes: Sequence[int] | None = None,
     batch_size: int = 64,
     encoder: Encoder | None = None,
+    execution: Execution = EAGER,
 ) -> Iterator[GeneratedImages]:
     """Generate one image per seed.
 
     Args:
-        net, seeds, config, guiding_net, classes, batch_size: As for `sample`.
+        net, seeds, config, guiding_net, classes, batch_size, execution: As for `sample`.
         encoder: Makes images of samples; None is for networks of images (`rgb`).
 
     Yields:
         Batches in the order of the seeds.
     """
-    for samples in sample(net, seeds, config, guiding_net, classes, batch_size):
+    for samples in sample(net, seeds, config, guiding_net, classes, batch_size, execution):
         yield GeneratedImages(samples.seeds, samples.labels, decode(samples.x, encoder))
 
 
@@ -145,11 +148,12 @@ def trajectory(
     guiding_net: Denoiser | None = None,
     classes: Sequence[int] | None = None,
     encoder: Encoder | None = None,
+    execution: Execution = EAGER,
 ) -> torch.Tensor:
     """The denoised estimate D(x; sigma) at the beginning of every step; that of the last step is the image.
 
     Args:
-        net, seeds, config, guiding_net, classes, encoder: As for `generate`; all seeds are one batch.
+        net, seeds, config, guiding_net, classes, encoder, execution: As for `generate`; all seeds are one batch.
 
     Returns:
         uint8 [steps, N, C, H, W].
@@ -157,7 +161,8 @@ def trajectory(
     config = config.check()
     check_fit(net, guiding_net, config, classes)
     frames = []
-    with evaluating([net] if guiding_net is None else [net, guiding_net], len(seeds)) as portions:
+    nets = [net] if guiding_net is None else [net, guiding_net]
+    with evaluating(nets, len(seeds), execution) as portions:
         samples = _sample_batch(
             portions, list(seeds), config, classes, lambda i, sigma, D: frames.append(decode(D, encoder))
         )

@@ -2,11 +2,14 @@
 
 A convolution or a matrix product of another size may be summed in another order, and so may one that is divided among
 another number of threads: the same image then differs in its last bits. On a CPU networks are therefore evaluated a
-fixed number of images at a time, by one thread each; several threads take several such portions. Within a portion,
-neither an image's place nor its neighbours matter (a test holds the networks to that).
+fixed number of images at a time. Within a portion, neither an image's place nor its neighbours matter (a test holds the
+networks to that). What the threads do is decided by the networks, never by the batch: where portions hold one image,
+all threads work on one portion after the other; where a network is so small that they hold several, each thread takes
+portions of its own. The latter, asked for as `exact`, makes the bits independent of the number of threads, too.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,9 +17,26 @@ import torch
 
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
+from networks.folding import folded
 
 LARGEST_PORTION = 16  # images; tiny networks take as long for one as for several
 PORTION_FEATURES = 2**18  # features of the finest level that are worth a call
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How networks are evaluated; none of it moves more than the last bits.
+
+    Args:
+        exact: On a CPU, whether the bits are to be the same for every number of threads.
+        compiled: Whether to compile the networks; takes minutes, unless PyTorch's cache on disk holds them already.
+    """
+
+    exact: bool = False
+    compiled: bool = False
+
+
+EAGER = Execution()
 
 
 def portion_size(config: NetworkConfig) -> int:
@@ -40,18 +60,23 @@ class Portions:
         net: The network, in evaluation mode.
         size: Images at a time; a last portion is filled up with copies of its last image.
         workers: Threads that evaluate portions; None evaluates them one after the other in the caller's thread.
+        compiled: Whether to compile it, for portions of this size.
     """
 
-    def __init__(self, net: Denoiser, size: int, workers: ThreadPoolExecutor | None = None):
+    def __init__(self, net: Denoiser, size: int, workers: ThreadPoolExecutor | None = None, compiled: bool = False):
         self.net = net
         self.size = size
         self.workers = workers
+        self.forward = torch.compile(net, dynamic=False) if compiled else net
+        self.ready = not compiled
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """As `Denoiser.forward`: float [N, C, H, W], scalar sigma, float [N, label_dim] or None -> [N, C, H, W]."""
         xs = self._portions(x)
         rows = [None] * len(xs) if labels is None else self._portions(labels)
         run = map if self.workers is None else self.workers.map
+        if not self.ready:  # compile in one thread, which has the others' setting, and with the weights folded
+            list(run(self._prepare, xs[:1], [sigma], rows[:1]))
         return torch.cat(list(run(self._evaluate, xs, [sigma] * len(xs), rows)))[: len(x)]
 
     def _portions(self, batch: torch.Tensor) -> list[torch.Tensor]:
@@ -62,23 +87,36 @@ class Portions:
 
     @torch.inference_mode()  # for each thread anew
     def _evaluate(self, x, sigma, labels):
-        return self.net(x, sigma, labels)
+        return self.forward(x, sigma, labels)
+
+    @torch.inference_mode()
+    def _prepare(self, x, sigma, labels):
+        self.net(x, sigma, labels)
+        self.forward(x, sigma, labels)
+        self.ready = True
 
 
 @contextlib.contextmanager
-def evaluating(nets: list[Denoiser], batch_size: int) -> Iterator[list[Portions]]:
-    """Give networks, all on one device, as sampling evaluates them.
+def evaluating(nets: list[Denoiser], batch_size: int, execution: Execution = EAGER) -> Iterator[list[Portions]]:
+    """Give networks, all on one device, as sampling evaluates them: their weights computed once.
 
     Args:
-        nets: Networks in evaluation mode.
+        nets: Networks in evaluation mode, whose parameters do not change meanwhile.
         batch_size: What a GPU evaluates at a time: always as many, so that it chooses (and compiles) its kernels once.
+        execution: How.
     """
-    if not nets or nets[0].device.type != 'cpu':
-        yield [Portions(net, batch_size) for net in nets]
-        return
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, 'evaluating', torch.set_num_threads, (1,)) as workers:
-        try:
-            yield [Portions(net, portion_size(net.config), workers) for net in nets]
-        finally:
-            torch.set_num_threads(threads)  # the workers' setting holds for all threads to come
+    with folded(nets):
+        if not nets or nets[0].device.type != 'cpu':
+            yield [Portions(net, batch_size, None, execution.compiled) for net in nets]
+            return
+        sizes = [portion_size(net.config) for net in nets]
+        if max(sizes) == 1 and not execution.exact:
+            yield [Portions(net, 1, None, execution.compiled) for net in nets]
+            return
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads, 'evaluating', torch.set_num_threads, (1,)) as workers:
+            try:
+                pairs = zip(nets, sizes, strict=True)
+                yield [Portions(net, size, workers, execution.compiled) for net, size in pairs]
+            finally:
+                torch.set_num_threads(threads)  # the workers' setting holds for all threads to come

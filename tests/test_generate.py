@@ -95,9 +95,10 @@ def pngs(folder):
 def test_record(generate, nets, tmp_path):
     said = generate(
         f'--gnet={nets}/guide.safetensors', '--guidance=2', '--guidance-interval=0.1,3', '--sampler=dpm++2m',
-        '--class=7', '--subdirs', '--rho=7', steps=9, seeds='3,999-1001',
+        '--class=7', '--subdirs', '--rho=7', '--exact', steps=9, seeds='3,999-1001',
     )  # fmt: skip
     record = json.loads((tmp_path / 'out/generation.json').read_text())
+    assert record['execution'] == {'exact': True, 'compiled': False} and record['threads'] == torch.get_num_threads()
     assert record['complete'] is True and record['seeds'] == [3, 999, 1000, 1001] and record['classes'] == [7]
     for which, file in (('net', 'net'), ('guiding_net', 'guide')):
         content = (nets / f'{file}.safetensors').read_bytes()
@@ -389,6 +390,7 @@ def test_compiled(run_script, generate, nets, tmp_path):
     cache = {'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'), 'PYTHONWARNINGS': '', 'OMP_NUM_THREADS': '2'}
     process = run_script('generate.py', *words, timeout=400, env=cache)
     assert process.returncode == 0, process.stderr
+    assert '--compile takes minutes' in process.stderr
     generate(seeds='0-20', steps=3)
     for seed in range(21):
         fast, plain = (pixels(tmp_path / f / f'{seed:06d}.png') for f in ('fast', 'out'))

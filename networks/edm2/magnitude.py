@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from networks.folding import Folding
+
 NORM_EPS = 1e-4  # keeps normalize() defined at zero
 SILU_RMS = 0.596  # root mean square of silu(x) for x ~ N(0, 1), as EDM2 rounds it
 
@@ -67,7 +69,7 @@ class MPFourier(nn.Module):
         return self.gain * (x[:, None] * self.freqs + self.phases).cos()
 
 
-class MPConv(nn.Module):
+class MPConv(Folding):
     """Convolution or linear layer with weight normalization and no bias (EDM2 eq. 66 and algorithm 1).
 
     Weights start as N(0, 1). In training mode the stored weight is first overwritten by its normalized version
@@ -99,7 +101,7 @@ class MPConv(nn.Module):
         if self.training and self.forced:
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight))
-        w = self.used_weight(gain).to(x.dtype)
+        w = self.weight_as(x.dtype, gain)
         if w.ndim == 2:
             return x @ w.t()
         return nn.functional.conv2d(x, w, padding=w.shape[-1] // 2, groups=self.groups)

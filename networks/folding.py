@@ -1,0 +1,41 @@
+"""Layers that compute the weight they use from the one they store, and how to have that done once instead of always."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+
+class Folding(nn.Module):
+    """A layer whose `used_weight(...)` is computed in every call, within `folded` in the first one alone."""
+
+    folding = False
+    kept: torch.Tensor | None = None
+
+    def weight_as(self, dtype: torch.dtype, *args) -> torch.Tensor:
+        """`used_weight(*args)`, cast to `dtype`."""
+        if self.kept is not None and self.kept.dtype == dtype:
+            return self.kept
+        weight = self.used_weight(*args).to(dtype)
+        if self.folding:
+            self.kept = weight
+        return weight
+
+
+@contextlib.contextmanager
+def folded(nets: Iterable[nn.Module]) -> Iterator[None]:
+    """Let networks in evaluation mode compute their weights once: the same bits, while nothing changes parameters.
+
+    Weights are kept from the first evaluation on, and dropped at the end. Within another `folded` of the same network
+    it does nothing.
+    """
+    layers = [m for net in nets for m in net.modules() if isinstance(m, Folding) and not m.folding]
+    for layer in layers:
+        assert not layer.training
+        layer.folding = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.folding, layer.kept = False, None
