@@ -77,8 +77,8 @@ def _report(config: NetworkConfig, cost: Complexity, saved: int) -> str:
     return '\n'.join(lines)
 
 
-def _sizes(row: PublishedRow, counted: dict[NetworkConfig, Complexity]) -> tuple[float, float]:
-    """Mparams and GFLOPs of a row's networks together; `counted` remembers those of earlier rows."""
+def _sizes(row: PublishedRow, unit: str, counted: dict[NetworkConfig, Complexity]) -> tuple[float, float]:
+    """Mparams, and GFLOPs or GMACs, of a row's networks together; `counted` remembers those of earlier rows."""
     mparams = gflops = 0.0
     for name in row.presets:
         name, _, label_dim = name.partition('/')
@@ -88,7 +88,7 @@ def _sizes(row: PublishedRow, counted: dict[NetworkConfig, Complexity]) -> tuple
         if config not in counted:
             counted[config] = complexity(config)
         mparams += counted[config].parameters / 1e6
-        gflops += counted[config].operations / 1e9
+        gflops += (counted[config].macs if unit == 'GMACs' else counted[config].operations) / 1e9
     return mparams, gflops
 
 
@@ -103,9 +103,9 @@ def _count_tables() -> list[dict]:
     for table in TABLES:
         rows = []
         for row in table.rows:
-            mparams, gflops = _sizes(row, counted)
+            mparams, gflops = _sizes(row, table.unit, counted)
             rows.append({**dataclasses.asdict(row), 'our_mparams': mparams, 'our_gflops': gflops})
-        result.append({'title': table.title, 'note': table.note, 'rows': rows})
+        result.append({'title': table.title, 'note': table.note, 'unit': table.unit, 'rows': rows})
     return result
 
 
@@ -115,7 +115,7 @@ def _markdown(tables: list[dict]) -> str:
     for table in tables:
         lines += [f'### {table["title"]}', '', *([table['note'], ''] if table['note'] else [])]
         lines += [
-            '| Architecture | Mparams | paper | GFLOPs | paper | FID-50K (paper) |',
+            f'| Architecture | Mparams | paper | {table["unit"]} | paper | FID-50K (paper) |',
             '|---|---:|---:|---:|---:|---:|',
         ]
         for row in table['rows']:

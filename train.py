@@ -169,7 +169,7 @@ def resolve(
 ) -> tuple[TrainConfig, ImageDataset | None]:
     """The config of a run, checked, and its dataset; without data, for those that the preset is made for, and None."""
     expected = get_preset(preset).network.image_shape
-    dataset = open_dataset(data, cond)[0] if data else None
+    dataset = open_dataset(data, cond, make_config(preset, overrides).xflip)[0] if data else None
     if dataset and dataset.image_shape != expected:
         click.echo(
             f'warning: {preset} is made for images of shape {expected}, these are {dataset.image_shape}', err=True

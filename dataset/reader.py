@@ -78,9 +78,9 @@ def _mirrored(fingerprint: str) -> str:
     return hashlib.blake2b(f'{fingerprint} xflip'.encode(), digest_size=8).hexdigest()
 
 
-def open_dataset(path: str, use_labels: bool) -> tuple[ImageDataset, int]:
+def open_dataset(path: str, use_labels: bool, xflip: bool = False) -> tuple[ImageDataset, int]:
     """Open the training data and tell the number of classes to train with, 0 for none."""
-    dataset = ImageDataset(path)
+    dataset = ImageDataset(path, xflip)
     if use_labels and not dataset.num_classes:
         raise UserError(f'{path} has no labels; train with --cond=False, or convert folders of classes')
     return dataset, dataset.num_classes if use_labels else 0

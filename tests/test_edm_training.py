@@ -1,11 +1,13 @@
 """EDM in training: augmentation belongs to images, runs resume to the bit, ranks do not matter; and its presets."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from dataset.augment.edm import TRANSFORMS, EDMAugment
+from dataset.reader import ImageDataset
 from diffusion import levels, preconditioning, weightings
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
@@ -120,3 +122,11 @@ def test_presets_are_the_table_of_the_paper(name):
     assert preset.method.levels == levels.LogNormal(-1.2, 1.2) and not network.uncertainty
     if not name.endswith('adm'):
         assert net.encoder == ('residual' if name.endswith('ve') else 'standard')
+
+
+def test_mirrored_images_are_trained_on(archive, run_script, tmp_path):
+    """--xflip doubles the data set, for any family; a run without it has other data."""
+    common = (f'--data={archive}', '--preset=edm2plus-digits', '--dry-run')
+    plain, flipped = (run_script('train.py', *common, *flags).stdout for flags in ((), ('--xflip',)))
+    prints = [re.search(r'"fingerprint": "(\w+)"', text)[1] for text in (plain, flipped)]
+    assert prints == [ImageDataset(archive, xflip).fingerprint for xflip in (False, True)] and prints[0] != prints[1]

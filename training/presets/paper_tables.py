@@ -34,11 +34,14 @@ class PublishedTable:
         title: With what is in it.
         rows: From top to bottom.
         note: Why ours differ, where all do for one reason.
+        unit: Of the second size: `GFLOPs` are operations in EDM2's convention, `GMACs` multiply-accumulates of
+            convolutions, linear layers and attention alone.
     """
 
     title: str
     rows: tuple[PublishedRow, ...]
     note: str = ''
+    unit: str = 'GFLOPs'
 
 
 def sid2_gflops(architecture: UViTConfig, resolution: int) -> float:
@@ -139,5 +142,20 @@ TABLES = (
         ),
         note='The paper has a formula (appendix A.2), which counts the matrices of the blocks. The rest of ours is '
         'layers between levels, patches and modulation (under 1 %), and what is done element by element.',
+    ),
+    PublishedTable(
+        'EDM table 2 (configuration F) and ImageNet-64; the paper has no sizes, these are of its networks',
+        (
+            PublishedRow('CIFAR-10, classes, DDPM++', ('edm-cifar10-cond-vp',), '55.735299', '21.190216064', '1.79'),
+            PublishedRow('CIFAR-10, classes, NCSN++', ('edm-cifar10-cond-ve',), '56.400643', '21.389377280', '1.79'),
+            PublishedRow('CIFAR-10, DDPM++', ('edm-cifar10-uncond-vp',), '55.733891', '21.190214784', '1.97'),
+            PublishedRow('CIFAR-10, NCSN++', ('edm-cifar10-uncond-ve',), '56.397827', '21.389374720', '1.98'),
+            PublishedRow('FFHQ-64, DDPM++', ('edm-ffhq64-vp',), '61.805571', '41.861448832', '2.39'),
+            PublishedRow('FFHQ-64, NCSN++', ('edm-ffhq64-ve',), '62.761091', '42.408591104', '2.53'),
+            PublishedRow('AFHQv2-64, DDPM++', ('edm-afhqv2-64-vp',), '61.805571', '41.861448832', '1.96'),
+            PublishedRow('AFHQv2-64, NCSN++', ('edm-afhqv2-64-ve',), '62.761091', '42.408591104', '2.16'),
+            PublishedRow('ImageNet-64, classes, ADM', ('edm-imagenet64-adm',), '295.899267', '109.657552896', '1.36'),
+        ),
+        unit='GMACs',
     ),
 )
