@@ -175,4 +175,4 @@ def test_results_of_presets_are_those_of_the_tables():
         result = get_preset(row.presets[0]).result
         assert result.startswith(f'FID {row.fid}'), row
         checked += 1
-    assert checked == 8 + 5 + 7 + 7 + 5
+    assert checked == 8 + 5 + 7 + 7 + 5 + 9
