@@ -28,9 +28,9 @@ from dataset.files.archive import decode_image, decode_npy
 from dataset.files.index import index_path
 from dataset.files.writer import DatasetWriter, encode_npy, encode_png
 from dataset.making.convert import Recipe, make_file
+from dataset.order import BatchOrder, make_loader
 from dataset.reader import ImageDataset
 from dataset.sources.table import open_source
-from training.order import BatchOrder, make_loader
 
 BATCH = 64
 folder_option = click.option('--folder', help='Where to put the data for a while.')
@@ -128,7 +128,7 @@ import json, sys, time
 start = time.perf_counter()
 import os, torch
 from dataset.reader import ImageDataset
-from training.order import BatchOrder, make_loader
+from dataset.order import BatchOrder, make_loader
 imported = time.perf_counter()
 dataset = ImageDataset(sys.argv[1])
 opened = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Reading datasets (dataset/files/archive.py, dataset/reader.py) and the data order (training/order.py)."""
+"""Reading datasets (dataset/files/archive.py, dataset/reader.py) and the data order (dataset/order.py)."""
 
 import io
 import itertools
@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from dataset.files.archive import Archive
 from dataset.files.writer import DatasetWriter, encode_png
+from dataset.order import BatchOrder, epoch_order, make_loader
 from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
 from tests.helpers import write_dataset
-from training.order import BatchOrder, epoch_order, make_loader
 
 COUNT, HEIGHT, WIDTH = 23, 5, 7
 LABELS = np.arange(COUNT) * 2 % 9

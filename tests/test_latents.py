@@ -16,6 +16,7 @@ from dataset.files.writer import DatasetWriter, encode_npy, work_folder
 from dataset.making import encode as encode_module
 from dataset.making.encode import encode_dataset
 from dataset.making.statistics import LatentStatistics
+from dataset.order import BatchOrder, make_loader
 from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
 from networks.encoders import LATENT_MEAN, LATENT_STD, StabilityVAEEncoder, encode_pixels
@@ -23,7 +24,6 @@ from networks.files import read_info
 from tests.helpers import write_dataset
 from torch_utils.random import stream, stream_seed
 from training.inputs import to_training_images, training_inputs
-from training.order import BatchOrder, make_loader
 
 CPU = torch.device('cpu')
 COUNT = 13

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataset.order import BatchOrder
 from dataset.reader import ImageDataset
 from diffusion.levels import LogNormal
 from dnnlib.configs import from_json, replaced
@@ -24,7 +25,6 @@ from training.loop import train
 from training.methods.denoising import DenoisingConfig, DenoisingLoss
 from training.monitor.log import read_stats
 from training.optimizer import Optimizer, clean_gradients
-from training.order import BatchOrder
 from training.presets.table import PRESETS, get_preset
 from training.state import TrainState, state_files
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dataset.order import BatchOrder
 from dataset.reader import ImageDataset
 from diffusion.levels import LogNormal
 from dnnlib.configs import replaced
@@ -20,6 +21,7 @@ from dnnlib.jsonl import append_record, cut_records, read_records
 from networks.complexity import saved_bytes
 from networks.denoiser import Denoiser
 from networks.encoders import encode_pixels
+from networks.magnitudes import magnitudes, mean_and_max
 from tests.helpers import edm2_network, needs_compiler
 from train import with_micro_batch
 from training.cost import fitting_micro_batch, format_bytes, memory, plan
@@ -28,10 +30,8 @@ from training.inputs import training_draws
 from training.loop import train
 from training.methods.denoising import DenoisingConfig, DenoisingLoss
 from training.monitor.log import RunLog, read_stats
-from training.monitor.magnitudes import magnitudes, mean_and_max
 from training.monitor.step_stats import BINS, LossSums, PendingStats, StepStats, noise_edges, reduced, summarize
 from training.monitor.timing import Growing, PhaseTimer
-from training.order import BatchOrder
 from training.presets.table import make_config
 
 CPU = torch.device('cpu')

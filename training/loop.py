@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dataset.order import BatchOrder, make_loader
 from dataset.reader import ImageDataset
 from dnnlib.background import BackgroundWriter
 from dnnlib.configs import differences
@@ -17,6 +18,7 @@ from dnnlib.errors import UserError
 from dnnlib.files import locked_folder, read_object, write_json
 from dnnlib.signals import StopSignals
 from networks.denoiser import Denoiser
+from networks.magnitudes import Magnitudes, magnitudes
 from torch_utils import distributed
 from torch_utils.finite import some
 from torch_utils.tensor_files import UnreadableFileError
@@ -25,11 +27,9 @@ from training.heldout import Subset, held_out_loss, split
 from training.initial import start_from
 from training.inputs import training_draws, training_inputs
 from training.monitor.log import RunLog
-from training.monitor.magnitudes import Magnitudes, magnitudes
 from training.monitor.plots import plot_loss
 from training.monitor.status import Progress
 from training.monitor.timing import Growing, PhaseTimer
-from training.order import BatchOrder, make_loader
 from training.state import TrainState, remove_leftovers, state_files, way_back
 from training.step import Stepper
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
+from dataset.order import Batch
 from torch_utils import distributed
 from training.inputs import Inputs, training_inputs
 from training.monitor.step_stats import StepStats
 from training.monitor.timing import PhaseTimer
-from training.order import Batch
 from training.state import TrainState
 
 

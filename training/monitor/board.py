@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.errors import UserError
-from training.monitor.magnitudes import Magnitudes
+from networks.magnitudes import Magnitudes
 
 
 def require_tensorboard() -> None:

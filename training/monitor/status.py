@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from dnnlib.errors import UserError
 from dnnlib.jsonl import append_record, cut_records
+from networks.magnitudes import Magnitudes, mean_and_max
 from torch_utils import distributed
 from training.monitor.board import Board
 from training.monitor.log import METRICS_FILE, STATS_FILE, RunLog
-from training.monitor.magnitudes import Magnitudes, mean_and_max
 from training.monitor.step_stats import StepStats, summarize
 from training.monitor.timing import PhaseTimer
 from training.state import TrainState, way_back
