@@ -137,7 +137,7 @@ def test_evaluators_file_with_two_ranks(generate, run_script, nets, tmp_path):
     for seed, image, label in zip([9, 0, 1, 2, 3, 4, 8, 7, 5, 6], images, labels, strict=True):
         name = f'000000/{seed:06d}.png'
         assert (pixels(tmp_path / 'out' / name) == image[:, :, 0]).all() and classes[name] == label
-    assert sorted(p.name for p in (tmp_path / 'packed').iterdir()) == ['generation.json', 'images.npz']
+    assert sorted(p.name for p in (tmp_path / 'packed').iterdir()) == ['.lock', 'generation.json', 'images.npz']
     assert 'is complete' in generate(
         '--subdirs', '--format=npz', '--skip-existing', seeds='9,0-4,8,7,5,6', out='packed'
     )
@@ -200,7 +200,7 @@ def test_killed_and_continued(generate, nets, tmp_path):
     assert pngs(out) == pngs(tmp_path / 'whole') and len(pngs(out)) == 80
     assert (out / 'dataset.json').read_text() == (tmp_path / 'whole/dataset.json').read_text()
     assert json.loads((out / 'generation.json').read_text())['complete'] is True
-    assert not list(out.glob('.*'))
+    assert not list(out.glob('.*.tmp'))
 
 
 def test_more_seeds_of_the_same_settings(generate, tmp_path):
