@@ -105,6 +105,7 @@ def test_record(generate, nets, tmp_path):
         assert record[which]['sha256'] == hashlib.sha256(content).hexdigest() and record[which]['nimg'] == 1000
     assert record['sampler'] == {
         'steps': 9, 'sampler': {'name': 'dpm++2m'}, 'guidance': 2, 'guidance_interval': [0.1, 3], 'noise_device': 'cpu',
+        'distilled': False,
         'disc': {'name': 'edm', 'sigma_min': 0.002, 'sigma_max': 80, 'rho': 7},
     }  # fmt: skip
     # Of the levels 80, 39, 17.5, 7.1, 2.52, 0.74, 0.17, 0.026 and 0.002 three are in (0.1, 3].
