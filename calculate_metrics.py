@@ -15,13 +15,14 @@ from evaluation.options import measure_config, measure_options
 from evaluation.records import find_generation, format_int_list
 from evaluation.report import check_outputs, describe_network, report
 from evaluation.selftest import closed_forms, halves
-from metrics.baselines import BASELINES, reference_file
+from metrics.baselines import BASELINES, reference_file, save_baseline
 from metrics.reading import Images, describe, random_subset, split_evenly
 from metrics.reference import SUFFIX, save_reference
 from metrics.registry import metrics_table, needs_of, reference_problems
 from metrics.results import set_warnings
 from networks.encoders import load_encoder
 from networks.files import load_network
+from networks.published.models import resolve_model
 from sampling.options import (
     execution_options,
     note_compiling,
@@ -56,7 +57,7 @@ def measuring(ref: str | None = REF, results: bool = True) -> Callable:
         results: Whether there are results to write: --json and --record.
     """
     options = [
-        measure_options('fd_pixels', ref),
+        measure_options(True, ref),
         click.option('--batch', type=click.IntRange(min=1), default=256, show_default=True, help='Images at a time.'),
         click.option('--workers', type=click.IntRange(min=0),
                      help='Processes that decode; by default 4 beside a GPU, else none.'),
@@ -72,7 +73,8 @@ def measuring(ref: str | None = REF, results: bool = True) -> Callable:
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
         def run(batch, workers, **flags):
-            return command(measure_config(flags, batch, workers, flags.get('offline', False)), **flags)
+            sources = [flags[name] for name in ('data', 'first') if flags.get(name)]
+            return command(measure_config(flags, batch, workers, flags.get('offline', False), sources), **flags)
 
         for option in reversed(options):
             run = option(run)
@@ -141,8 +143,9 @@ def measure_stored(
 
 
 @main.command(epilog=EPILOG)
-@click.option('--net', 'net_path', metavar='FILE|DIR|URL', required=True, help='Network file, a run folder for its '
-              'newest, or a published pickle.')  # fmt: skip
+@click.option('--net', 'net_path', metavar='FILE|DIR|URL', help='Network file, a run folder for its newest, or a '
+              'published pickle.')  # fmt: skip
+@click.option('--preset', metavar='NAME', help='Published EDM2 model, as for generate.py.')
 @click.option(
     '--gnet', 'gnet_path', help='Guiding network file; "self": the main one without labels.', metavar='FILE|URL|self'
 )
@@ -150,14 +153,14 @@ def measure_stored(
 @repeats_option('Measure so many times, each with the seeds after the last.')
 @click.option('--class', 'classes', metavar='LIST', help='Numbers or names, to cycle through; by default random.')
 @sampler_options
-@click.option('--guidance', type=float, default=1.0, show_default=True, help='Guidance weight; 1 is none.')
+@click.option('--guidance', type=float, help='Guidance weight; 1 is none, and the default without --preset.')
 @click.option('--offline', is_flag=True, help='Download nothing; URLs come from the cache.')
 @click.option('--vae', metavar='DIR', help='Folder of the VAE, for latents on machines without a network.')
 @click.option('--precision', help='Of the features.', metavar='fp32|bf16|fp16', default='fp32', show_default=True)
 @execution_options
 @measuring()
-def gen(config, execution, net_path, gnet_path, seeds, repeats, classes, guidance, offline, vae, precision, device,
-        json, record, **flags):  # fmt: skip
+def gen(config, execution, net_path, preset, gnet_path, seeds, repeats, classes, guidance, offline, vae, precision,
+        device, json, record, **flags):  # fmt: skip
     """Generate images and measure them; no image is written. Images are those of generate.py for the same options.
 
     \b
@@ -165,6 +168,7 @@ def gen(config, execution, net_path, gnet_path, seeds, repeats, classes, guidanc
     torchrun --standalone --nproc_per_node=8 calculate_metrics.py gen --net=NET --ref=REF --metrics=fid --repeats=3
     """
     sampler_flags = take_sampler_flags(flags)
+    net_path, gnet_path, guidance = resolve_model(preset, net_path, gnet_path, guidance)
     seeds = list(dict.fromkeys(seeds))
     for ref in config.refs:
         reference_file(ref, offline)
@@ -200,7 +204,9 @@ def gen(config, execution, net_path, gnet_path, seeds, repeats, classes, guidanc
 
 @main.command(epilog=EPILOG)
 @click.option('--data', help='The data set.', metavar='DIR|ZIP|NPZ', required=True)
-@click.option('--dest', help=f'File to write, ending in {SUFFIX}.', type=output_file, required=True)
+@click.option(
+    '--dest', help=f'File to write, ending in {SUFFIX}; in .pkl, one that EDM2 reads.', type=output_file, required=True
+)
 @measuring(ref=None, results=False)
 def ref(config: MeasureConfig, data: str, dest: Path, device: str | None):
     """Write what metrics need of a data set to a file, for `--ref`.
@@ -209,8 +215,8 @@ def ref(config: MeasureConfig, data: str, dest: Path, device: str | None):
     python calculate_metrics.py ref --data=digits.zip --dest=digits-ref.safetensors
     python calculate_metrics.py ref --data=img64.zip --dest=img64-ref.safetensors --metrics=fid,fd_dinov2,kid
     """
-    if dest.suffix != SUFFIX:
-        raise UserError(f'--dest={dest} must end in {SUFFIX}')
+    if dest.suffix not in (SUFFIX, '.pkl'):
+        raise UserError(f'--dest={dest} must end in {SUFFIX}, or in .pkl for EDM2')
     images = open_images(data)
     about = describe(images)
     if problems := reference_problems(about):
@@ -224,7 +230,7 @@ def ref(config: MeasureConfig, data: str, dest: Path, device: str | None):
         evaluator.note_memory(about.count, None, about)
         real = evaluator.stored(images, 'data set', reference=True)
         if distributed.rank() == 0:
-            save_reference(dest, real)
+            (save_reference if dest.suffix == SUFFIX else save_baseline)(dest, real)
             kinds = ', '.join(f'{need.features}/{need.kind}' for need in real.collected)
             click.echo(f'{dest}: {kinds} of {about.count} images of {about.name}')
             for warning in set_warnings(real):

@@ -24,20 +24,22 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
+@click.argument('path', metavar='[NET]', required=False)
 @click.option('--preset', metavar='NAME', help='Training preset.')
 @click.option('--set', 'settings', multiple=True, metavar='FIELD=VALUE', help="Change a field of the preset's config.")
 @click.option('--net', 'net_path', metavar='FILE|URL', help='Network file, or a published EDM or EDM2 pickle.')
 @click.option('--offline', is_flag=True, help='Download nothing; a URL comes from the cache.')
 @click.option('--tables', is_flag=True, help="The size columns of the papers' tables beside ours, as Markdown.")
 @click.option('--json', 'as_json', is_flag=True, help='For programs.')
-def main(preset, settings, net_path, offline, tables, as_json):
+def main(path, preset, settings, net_path, offline, tables, as_json):
     """Count parameters, operations and memory of one forward pass at batch 1.
 
     GFLOPs are in the papers' convention (EDM2 appendix D.5): the formulas as they are written, a multiply-accumulate
     counts as one. No weight is allocated.
     """
-    if sum(map(bool, (preset, net_path, tables))) != 1:
+    if sum(map(bool, (path, preset, net_path, tables))) != 1:
         raise UserError('give one of --preset=NAME, --net=FILE and --tables')
+    net_path = net_path or path
     if tables:
         counted = _count_tables()
         click.echo(json.dumps(counted, indent=2) if as_json else _markdown(counted))

@@ -37,7 +37,7 @@ Examples:
 @click.option('--outdir', required=True, metavar='DIR', help='For sweep.jsonl, sweep.csv and sweep.png.')
 @click.option('--outstd', required=True, type=cli.FLOATS, help='EMA lengths, such as 0.05,0.06,...,0.25.')
 @click.option('--outnimg', type=cli.NIMGS, help='Training times, such as 64Mi,128Mi; by default the last.')
-@measure_options('fd_pixels', 'Reference file, published statistics, or the real images; may be repeated.')
+@measure_options(True, 'Reference file, published statistics, or the real images; may be repeated.')
 @click.option('--seeds', type=cli.INTS, default='0-49999', show_default=True, help='An image for each.')
 @click.option('--gnet', 'gnet_path', metavar='FILE|URL', help='Guiding network file.')
 @click.option('--guidance', type=cli.FLOATS, default='1', show_default=True, help='Guidance weights, such as 1,1.2.')
@@ -57,7 +57,7 @@ def main(execution, indir, outdir, outstd, outnimg, seeds, gnet_path, guidance, 
     added. sweep.png shows each metric against EMA length.
     """
     require_matplotlib()
-    config = measure_config(flags, batch)
+    config = measure_config(flags, batch, sources=())
     if gnet_path is None and any(weight != 1 for weight in guidance):
         raise UserError('guidance other than 1 needs a guiding network: --gnet=FILE')
     snapshots = find_snapshots(indir, instd)

@@ -95,7 +95,7 @@ main_group, recipe, execution, output = (
 @execution('--allow-rounding', is_flag=True, help='Resume although --precision, --compile or --batch-gpu differ.')
 @output('--status', type=cli.NIMG, help='Interval of status lines.')
 @output('--preview', type=cli.NIMG, help='Interval of sample grids.')
-@measure_options(None, 'What the metrics compare with; by default the training data; may be repeated.', output)
+@measure_options(False, 'What the metrics compare with; by default the training data; may be repeated.', output)
 @output('--metric-seeds', type=cli.INTS, default='0-49999', show_default=True, help='An image for each.')
 @output('--vae', metavar='DIR', help='Folder of the VAE, to show and measure latents without a network.')
 @output('--snapshot', type=cli.NIMG, help='Interval of EMA snapshots.')
@@ -126,6 +126,7 @@ def main(
     Numbers of images may be written as 4096, 200k or 8Mi. What is not given comes from the preset.
     """
     measuring = measure_config(flags, offline=offline)
+    flags['micro_batch'] = flags['micro_batch'] or None  # 0 of EDM2: no limit
     overrides = {name: value for name, value in flags.items() if value is not None} | dict(map(parse_setting, settings))
     if dry_run:
         world_size = ranks or int(os.environ.get('WORLD_SIZE', '1'))

@@ -90,6 +90,8 @@ write_published(Path({str(path)!r}), net, torch.float16)
 
 def main() -> None:
     """Print medians of time and the highest memory of each task, measured in turn."""
+    if not all(Path(name).is_dir() for name in sys.argv[1:]):
+        sys.exit(__doc__)
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
         path = write_file(Path(folder))
         size = path.stat().st_size

@@ -14,6 +14,20 @@ from dnnlib.errors import UserError
 from dnnlib.parsing import parse_float_list, parse_int_list, parse_nimg
 
 USAGE_ERROR = 2  # exit code of a user's mistake, as in getopt and click
+# Options of EDM2 that have another name or unit here, see docs/from-edm2.md.
+RENAMED = {
+    '--fp16': '--fp16 is --precision=fp16 here',
+    '--bench': '--bench is not needed here; --compile makes networks faster',
+    '--sigma_min': '--sigma_min is --sigma-min here',
+    '--sigma_max': '--sigma_max is --sigma-max here',
+    '--outkimg': '--outkimg is --outnimg here, in images: --outnimg=8389k for --outkimg=8389',
+    '--inprefix': '--inprefix is not there: snapshots are found by their names; put others in another folder',
+    '--skip': '--skip is not there: ask only for what is missing; generate.py has --skip-existing',
+    '--num': '--num=N is --subset=N of calc here, and --seeds=0-M of gen',
+    '--seed': '--seed=S is --seeds=S-T here, an image for each',
+    '--max-images': '--max-images is an option of convert; encode takes what that has made',
+    '--model-url': '--model-url is --vae=DIR here',
+}
 
 
 def run(command: click.Command) -> None:
@@ -29,6 +43,8 @@ def run(command: click.Command) -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(USAGE_ERROR)
+    except click.NoSuchOption as error:
+        _fail(RENAMED.get(error.option_name) or error.format_message())
     except click.ClickException as error:
         _fail(' '.join(error.format_message().split()))
     except UserError as error:

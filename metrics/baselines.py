@@ -1,15 +1,18 @@
 """Statistics that others publish: `.npz` of EDM and ADM, `.pkl` of EDM2; where they are, and how they are read."""
 
 import os
+import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from dnnlib.download import download, local_file
 from dnnlib.errors import UserError, unknown_choice
+from dnnlib.files import atomic_path
 from metrics.collectors import Sums
 from metrics.detectors import Detector
 from metrics.gathering import Gathered, Need
@@ -85,10 +88,11 @@ def load_baseline(
 
     `.npz`: arrays `mu` [2048] and `sigma` [2048, 2048] of Inception features, perhaps `mu_s` and `sigma_s` of spatial
     ones. `.pkl`: a dict such as {'fid': {'mu', 'sigma'}, 'fd_dinov2': {...}}, or {'mu', 'sigma'}; read without running
-    anything in it. Such files tell nothing of their images: number and shape are known of BASELINES only.
+    anything in it. Such files tell little of their images: their number, where a `.pkl` has `num_images`; number and
+    shape are known of BASELINES.
     """
     path = os.fspath(reference_file(ref, offline))
-    statistics = _read_pickle(path) if path.lower().endswith('.pkl') else _read_npz(path)
+    statistics, count = _read_pickle(path) if path.lower().endswith('.pkl') else (_read_npz(path), None)
     collected, problems = {}, []
     for need in needs:
         detector = detectors[need.detector]
@@ -108,7 +112,7 @@ def load_baseline(
             collected[need] = _collected(**statistics[need.features])
     if problems:
         raise UserError(dict.fromkeys(problems))
-    about = ImageSet(Path(path).name, None, None, 0)
+    about = ImageSet(Path(path).name, count, None, 0)
     if known := _known(ref):
         about = ImageSet(ref, known.count, (3, known.side, known.side), 0, made_with={'transform': known.transform})
     return Gathered(about, {need.detector: None for need in collected}, collected, {})
@@ -123,13 +127,33 @@ def _read_npz(path: str) -> dict[str, dict[str, np.ndarray]]:
     }
 
 
-def _read_pickle(path: str) -> dict[str, dict[str, np.ndarray]]:
+def save_baseline(path: str | os.PathLike, real: Gathered) -> None:
+    """Write means and covariances as EDM2's tools read them, a pickle of a dict: the one pickle that is written here.
+
+    Raises:
+        UserError: where there are none that they know.
+    """
+    found: dict[str, Any] = {}
+    for name, features in PICKLED.items():
+        if (need := Need(features, 'statistics')) in real.collected:
+            statistics = real.collected[need].union()
+            found[name] = {'mu': statistics.mean.numpy(), 'sigma': statistics.covariance().numpy()}
+    if not found:
+        raise UserError(f'{path}: EDM2 reads {" and ".join(PICKLED)} only; give --metrics')
+    with atomic_path(path) as beside:
+        beside.write_bytes(pickle.dumps({'num_images': real.about.count, **found}))
+
+
+def _read_pickle(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int | None]:
+    """Statistics by features, and the number of images, where the file tells."""
     content = read_pickle(path)
     if isinstance(content, dict) and 'mu' in content:
         content = {'fid': content}
     if not isinstance(content, dict) or not any(name in content for name in PICKLED):
         raise UserError(f'{path} is not a metric reference: it has no entry {" or ".join(PICKLED)}')
-    return {features: _check(path, content[name]) for name, features in PICKLED.items() if name in content}
+    count = content.get('num_images')
+    found = {features: _check(path, content[name]) for name, features in PICKLED.items() if name in content}
+    return found, count if type(count) is int and count > 0 else None
 
 
 def _check(path: str, arrays: object) -> dict[str, np.ndarray]:

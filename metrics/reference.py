@@ -43,6 +43,16 @@ def save_reference(path: str | os.PathLike, real: Gathered) -> None:
     save_tensors(path, tensors, {'kind': KIND, 'images': asdict(real.about), **seen})
 
 
+def read_about(path: str | os.PathLike) -> ImageSet:
+    """What set a reference file was made of.
+
+    Raises:
+        UserError: where it is not a reference file.
+    """
+    with TensorFile(path, KIND) as file:
+        return file.about(Header).images
+
+
 def load_reference(path: str | os.PathLike, needs: Iterable[Need], detectors: Mapping[str, Detector]) -> Gathered:
     """Read what `needs` ask for from a file of `save_reference`.
 

@@ -41,6 +41,12 @@ CASES = {
     'missing flag': ('train.py --preset=edm2plus-digits', "Missing option '--data'"),
     'interval': (TRAIN + ' --slice=100', 'slice must be a multiple of the batch (64 images), not 100 (try 64 or 128)'),
     'all held out': (TRAIN + ' --held-out=1', 'the share of held-out images must be'),
+    'flag of EDM2': (TRAIN + ' --fp16=True', '--fp16 is --precision=fp16 here'),
+    'unit of EDM2': (
+        'reconstruct_phema.py --indir={place} --outstd=0.1 --outkimg=8389',
+        '--outkimg is --outnimg here, in images',
+    ),
+    'bounds of EDM2': (GENERATE + ' --sigma_min=0.01', '--sigma_min is --sigma-min here'),
     'unknown flag': (TRAIN + ' --learning-rate=1', '--learning-rate'),
     'unwritable folder': (TRAIN.replace('{out}', '{place}/file/out'), 'file/out: Not a directory'),
     'number of images': (TRAIN + ' --duration=8mi', "cannot read '8mi' as a number of images"),

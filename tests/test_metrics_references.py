@@ -19,7 +19,7 @@ from dnnlib.errors import UserError
 from dnnlib.jsonl import append_record
 from dnnlib.parsing import parse_int_list
 from evaluation.records import find_generation, format_int_list
-from metrics.baselines import BASELINES, has_statistics, load_baseline, reference_file
+from metrics.baselines import BASELINES, has_statistics, load_baseline, reference_file, save_baseline
 from metrics.dino import DinoDetector, fetch_dino, set_position_grid
 from metrics.gathering import Gathered, Need, gather
 from metrics.image_sets import ImageBatch, ImageSet
@@ -94,6 +94,24 @@ def test_published_statistics_give_what_ours_give(tmp_path, moments, name, form)
     assert found['value'] == pytest.approx(expected['value'], rel=1e-9) and expected['value'] > 1
     assert (found['num_images'], found['num_reference']) == (30, None)
     assert 'N=30, reference N unknown' in format_result('fid', found)
+
+
+def test_reference_for_edm2(tmp_path):
+    ours = gathered(random_images(0, 50))
+    save_baseline(tmp_path / 'ref.pkl', ours)
+    content = pickle.loads((tmp_path / 'ref.pkl').read_bytes())  # as EDM2 reads it
+    assert content.keys() == {'fid', 'num_images'} and content['num_images'] == 50
+    assert content['fid']['mu'].dtype == content['fid']['sigma'].dtype == np.float64
+    for protocol in (2, 3, 5):  # 2 has bytes as text
+        (tmp_path / 'again.pkl').write_bytes(pickle.dumps(content, protocol))
+        again = load_baseline(tmp_path / 'again.pkl', [FID], {'inception': Detector()})
+        assert again.about.count == 50
+        for name in ('mean', 'covariance'):
+            a, b = (getattr(each.collected[FID].union(), name) for each in (again, ours))
+            a, b = (x() if callable(x) else x for x in (a, b))
+            assert torch.allclose(a, b, rtol=1e-12, atol=0)
+    with pytest.raises(UserError, match='EDM2 reads fid and fd_dinov2 only'):
+        save_baseline(tmp_path / 'none.pkl', replace(ours, collected={}))
 
 
 @pytest.mark.parametrize(

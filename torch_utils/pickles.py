@@ -23,6 +23,7 @@ from torch_utils.tensor_files import UnreadableFileError
 DICTS = {'builtins.dict', 'collections.OrderedDict', 'dnnlib.util.EasyDict'}  # read as dict
 ARRAYS = ('multiarray._reconstruct', 'multiarray.scalar', 'numeric._frombuffer')
 CALLS = {
+    '_codecs.encode',
     'builtins.set',
     'numpy.dtype',
     'numpy.ndarray',
@@ -56,7 +57,7 @@ class Call:
 
 
 def read_pickle(source: str | os.PathLike | bytes, names: Collection[str] = (), where: str | None = None) -> Any:
-    """Read a pickle of protocol 3 to 5, or 2 as Python 2 writes it, trusting nothing in it.
+    """Read a pickle of protocol 2 to 5, trusting nothing in it.
 
     It becomes None, bool, int, float, str, bytes (large ones as views of the mapped file), tuple, list (also for sets),
     dict and `Call`. Values may contain themselves or share parts: check types before you print, compare or walk them.
@@ -173,10 +174,19 @@ def to_array(value: Any) -> np.ndarray:
             data, dtype, shape, order = value.args
         else:
             raise TypeError('a call')
+        if type(data) is Call:  # protocol 2 of Python 3 has bytes as text
+            data = _to_bytes(data)
         array = np.frombuffer(data, _to_dtype(dtype)).reshape(shape, order=order)
         return array.astype(array.dtype.newbyteorder('='))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f'no array of numbers ({type(error).__name__})') from None
+
+
+def _to_bytes(value: Call) -> bytes:
+    text, encoding = value.args
+    if value.name != '_codecs.encode' or encoding != 'latin1' or type(text) is not str:
+        raise TypeError('no bytes')
+    return text.encode('latin1')
 
 
 def _to_dtype(value: Any) -> np.dtype:
