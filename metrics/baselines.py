@@ -1,7 +1,6 @@
 """Statistics that others publish: `.npz` of EDM and ADM, `.pkl` of EDM2; where they are, and how they are read."""
 
 import os
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from metrics.gathering import Gathered, Need
 from metrics.image_sets import ImageSet
 from metrics.npz import npz_array, npz_members
 from metrics.statistics import FeatureStatistics
-from torch_utils.pickles import Call, read_pickle, to_array
+from torch_utils.pickles import Call, read_pickle, to_array, to_pickle
 
 NVIDIA = 'https://nvlabs-fi-cdn.nvidia.com'
 ADM = 'https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet'
@@ -141,7 +140,7 @@ def save_baseline(path: str | os.PathLike, real: Gathered) -> None:
     if not found:
         raise UserError(f'{path}: EDM2 reads {" and ".join(PICKLED)} only; give --metrics')
     with atomic_path(path) as beside:
-        beside.write_bytes(pickle.dumps({'num_images': real.about.count, **found}))
+        beside.write_bytes(to_pickle({'num_images': real.about.count, **found}))
 
 
 def _read_pickle(path: str) -> tuple[dict[str, dict[str, np.ndarray]], int | None]:

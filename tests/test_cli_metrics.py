@@ -202,7 +202,7 @@ def test_batch_size_does_not_matter(run, tmp_path):
         ('calc --images=made --ref=REF --json=.', 'is a directory'),
         ('calc --images=made --ref=REF --json=TEXT/out.json', 'text.safetensors'),
         ('calc --images=made --ref=REF --record=TEXT/out.jsonl', 'text.safetensors'),
-        ('calc --images=made', 'fd_pixels needs a reference: --ref=FILE|DATASET'),
+        ('calc --images=made', 'fid needs a reference: --ref=FILE|DATASET'),
         ('calc --images=made --ref=REF --repeats=3', 'made has 100 images, which 3 repeats do not divide evenly'),
         ('calc --images=empty --ref=REF', 'empty holds no images'),
         ('calc --images=mixed --ref=REF', '000002.png is 9x8 grayscale, but 000000.png is 8x8 grayscale'),

@@ -161,6 +161,11 @@ class PickleReader(pickle._Unpickler):
     }
 
 
+def to_pickle(value: Any) -> bytes:
+    """Plain values and arrays as a pickle, for programs of others that read nothing else."""
+    return pickle.dumps(value)
+
+
 def to_array(value: Any) -> np.ndarray:
     """The array of numbers, or scalar (an array of no dimensions), that a `Call` stands for, with memory of its own."""
     try:
