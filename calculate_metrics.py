@@ -13,7 +13,7 @@ from dnnlib.files import make_folder
 from evaluation.measure import Evaluator, Generation, MeasureConfig, open_images
 from evaluation.options import measure_config, measure_options
 from evaluation.records import find_generation, format_int_list
-from evaluation.report import check_outputs, describe_network, report
+from evaluation.report import check_outputs, report
 from evaluation.selftest import closed_forms, halves
 from metrics.baselines import BASELINES, reference_file, save_baseline
 from metrics.reading import Images, describe, random_subset, split_evenly
@@ -21,8 +21,8 @@ from metrics.reference import SUFFIX, save_reference
 from metrics.registry import metrics_table, needs_of, reference_problems
 from metrics.results import set_warnings
 from networks.encoders import load_encoder
-from networks.files import load_network
 from networks.published.models import resolve_model
+from sampling.networks import load_networks
 from sampling.options import (
     execution_options,
     note_compiling,
@@ -49,12 +49,13 @@ def repeats_option(text: str) -> Callable:
     return click.option('--repeats', type=click.IntRange(min=1), default=1, show_default=True, help=text)
 
 
-def measuring(ref: str | None = REF, results: bool = True) -> Callable:
+def measuring(ref: str | None = REF, results: bool = True, packages: bool = True) -> Callable:
     """Add the options that all commands share, and give the command a `MeasureConfig` instead of most of them.
 
     Args:
         ref: Help of --ref; None leaves it out.
         results: Whether there are results to write: --json and --record.
+        packages: Refuse metrics whose packages are not installed.
     """
     options = [
         measure_options(True, ref),
@@ -74,7 +75,8 @@ def measuring(ref: str | None = REF, results: bool = True) -> Callable:
         @functools.wraps(command)
         def run(batch, workers, **flags):
             sources = [flags[name] for name in ('data', 'first') if flags.get(name)]
-            return command(measure_config(flags, batch, workers, flags.get('offline', False), sources), **flags)
+            offline = flags.get('offline', False)
+            return command(measure_config(flags, batch, workers, offline, sources, packages), **flags)
 
         for option in reversed(options):
             run = option(run)
@@ -145,7 +147,7 @@ def measure_stored(
 @main.command(epilog=EPILOG)
 @click.option('--net', 'net_path', metavar='FILE|DIR|URL', help='Network file, a run folder for its newest, or a '
               'published pickle.')  # fmt: skip
-@click.option('--preset', metavar='NAME', help='Published EDM2 model, as for generate.py.')
+@click.option('--preset', metavar='NAME', help='Published EDM or EDM2 model, as for generate.py.')
 @click.option(
     '--gnet', 'gnet_path', help='Guiding network file; "self": the main one without labels.', metavar='FILE|URL|self'
 )
@@ -156,7 +158,9 @@ def measure_stored(
 @click.option('--guidance', type=float, help='Guidance weight; 1 is none, and the default without --preset.')
 @click.option('--offline', is_flag=True, help='Download nothing; URLs come from the cache.')
 @click.option('--vae', metavar='DIR', help='Folder of the VAE, for latents on machines without a network.')
-@click.option('--precision', help='Of the features.', metavar='fp32|bf16|fp16', default='fp32', show_default=True)
+@click.option(
+    '--precision', help="Of the network's features.", metavar='fp32|bf16|fp16', default='fp32', show_default=True
+)
 @execution_options
 @measuring()
 def gen(config, execution, net_path, preset, gnet_path, seeds, repeats, classes, guidance, offline, vae, precision,
@@ -173,10 +177,7 @@ def gen(config, execution, net_path, preset, gnet_path, seeds, repeats, classes,
     for ref in config.refs:
         reference_file(ref, offline)
     with distributed.session(device) as place:
-        net, info = load_network(net_path, place, precision, offline)
-        guiding_net, guiding_info = (net, info) if gnet_path == 'self' else (None, None)
-        if guiding_net is None and gnet_path:
-            guiding_net, guiding_info = load_network(gnet_path, place, precision, offline)
+        net, info, guiding_net, nets = load_networks(net_path, gnet_path, place, precision, offline)
         sampler = sampler_config(sampler_flags, guidance, info.sampler)
         classes = parse_classes(classes, info.class_names)
         check_fit(net, guiding_net, sampler, classes)
@@ -190,8 +191,7 @@ def gen(config, execution, net_path, preset, gnet_path, seeds, repeats, classes,
         evaluator.prepare(ways[0].describe(net.config))
         check_outputs(json, record)
         source = {
-            'net': describe_network(net_path, info),
-            'guiding_net': guiding_info and describe_network(gnet_path, guiding_info),
+            **nets,
             'sampler': sampler.to_json(),
             'seeds': [format_int_list(run) for run in runs],
             'classes': classes,
@@ -239,7 +239,7 @@ def ref(config: MeasureConfig, data: str, dest: Path, device: str | None):
 
 @main.command()
 @click.option('--data', help='A data set, to measure its halves, and it against --ref.', metavar='DIR|ZIP|NPZ')
-@measuring('References of these data, published ones for instance; may be repeated.', results=False)
+@measuring('References of these data, published ones for instance; may be repeated.', results=False, packages=False)
 def selftest(config: MeasureConfig, data: str | None, device: str | None) -> int:
     """Measure what has a known value, and show the two side by side: do this before you publish a number.
 
@@ -252,8 +252,6 @@ def selftest(config: MeasureConfig, data: str | None, device: str | None) -> int
         missing.append('detectors and published references: give --data')
     else:
         images = open_images(data)
-        if config.refs:
-            config.check(describe(images))
         with distributed.session(device) as place:
             found, missing = halves(config, images, place)
             checks += found

@@ -12,15 +12,14 @@ import torch
 from tqdm import tqdm
 
 from dnnlib import cli
-from dnnlib.download import file_sha256
 from dnnlib.errors import UserError
 from dnnlib.files import locked_folder, make_folder
 from dnnlib.parsing import parse_grid
 from networks.denoiser import Denoiser
 from networks.encoders import Encoder, load_encoder
-from networks.files import NetworkInfo, load_network, network_path
 from networks.published.models import models_table, resolve_model
 from sampling.config import SamplerConfig
+from sampling.networks import load_networks
 from sampling.options import (
     execution_options,
     note_compiling,
@@ -36,7 +35,6 @@ from sampling.portions import Execution
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
 
-SELF = 'self'
 TRAJECTORY_SEEDS = 8
 
 EPILOG = """\b
@@ -205,18 +203,13 @@ def load(
     offline,
 ) -> Job:
     """Load the networks, check that all fits together, and describe it."""
-    net, info = load_network(net_path, device, precision, offline)
-    guiding_net, guiding_info = net, info
-    if gnet_path != SELF:
-        guiding_net, guiding_info = load_network(gnet_path, device, precision, offline) if gnet_path else (None, None)
+    net, info, guiding_net, nets = load_networks(net_path, gnet_path, device, precision, offline)
     config = sampler_config(sampler_flags, weight, info.sampler)
     classes = parse_classes(classes, info.class_names)
     check_fit(net, guiding_net, config, classes)
-    check_encoders(info, guiding_info)
     encoder = load_encoder(info.encoder, device, vae)
     record = {
-        'net': describe(net_path, info),
-        'guiding_net': gnet_path if gnet_path in (None, SELF) else describe(gnet_path, guiding_info),
+        **nets,
         'sampler': config.to_json(),
         'evaluations_per_image': dict(zip(('net', 'guiding_net'), count_evaluations(config), strict=True)),
         'seeds': seeds,
@@ -235,20 +228,6 @@ def load(
         'command': f'python {shlex.join(sys.argv)}',
     }
     return Job(net, (config, guiding_net, classes), encoder, batch, execution, record, info.class_names)
-
-
-def describe(path: str, info: NetworkInfo) -> dict[str, Any]:
-    """What generation.json says of a network file."""
-    return {'file': path, 'sha256': file_sha256(network_path(path)), **info.to_header()}
-
-
-def check_encoders(info: NetworkInfo, guiding_info: NetworkInfo | None) -> None:
-    """Check that the networks' outputs can be made pictures of."""
-    if guiding_info is not None and guiding_info.encoder != info.encoder:
-        raise UserError(f'the guiding network is of encoder {guiding_info.encoder}, the main network {info.encoder}')
-    if info.encoder == 'rgb' and info.config.img_channels not in (1, 3):
-        channels = info.config.img_channels
-        raise UserError(f'{channels} channels make no picture, and the network file names no encoder of latents')
 
 
 def write_images(folder: Path, missing: list[int], job: Job) -> None:

@@ -22,14 +22,13 @@ from metrics.registry import Metric, check_sets, memory_notes, needs_of
 from metrics.results import evaluate
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
-from networks.encoders import Encoder, PixelEncoder
+from networks.encoders import Encoder
 from networks.folding import folded
 from sampling.config import SamplerConfig
 from sampling.pipeline import generate
 from sampling.portions import EAGER, Execution
 from torch_utils import distributed
 
-VAE_FACTOR = 8  # side of a picture over that of its latents
 GPU_WORKERS = 4  # processes that decode beside a GPU; beside a CPU detector they would only take its cores
 
 
@@ -91,10 +90,7 @@ class Generation:
 
     def describe(self, network: NetworkConfig) -> ImageSet:
         """The images that such a network makes, before it makes them."""
-        shape = network.img_channels, *network.img_resolution
-        if not isinstance(self.encoder, PixelEncoder):
-            shape = 3, *(VAE_FACTOR * side for side in network.img_resolution)
-        return ImageSet(self.name, len(self.seeds), shape, network.label_dim)
+        return ImageSet(self.name, len(self.seeds), self.encoder.image_shape(network.image_shape), network.label_dim)
 
     def batches(self, net: Denoiser, batch_size: int) -> Iterator[ImageBatch]:
         """This rank's batches of images; see `batch_range` for why they do not depend on the number of ranks."""

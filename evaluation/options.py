@@ -12,7 +12,7 @@ from evaluation.measure import MeasureConfig, open_images
 from metrics.baselines import BASELINES, has_statistics
 from metrics.detectors import DetectorOptions
 from metrics.reference import SUFFIX, read_about
-from metrics.registry import select_metrics
+from metrics.registry import require_packages, select_metrics
 
 SMALL = 32  # pixels of the shorter side, below which images tell Inception little
 
@@ -67,6 +67,7 @@ def measure_config(
     workers: int | None = 0,
     offline: bool = False,
     sources: Iterable[str] | None = None,
+    packages: bool = True,
 ) -> MeasureConfig:
     """Take the values of `measure_options` out of a command's flags, where --metrics was given or has a default.
 
@@ -74,13 +75,17 @@ def measure_config(
         flags: By name.
         batch, workers, offline: As for `MeasureConfig`.
         sources: What decides over `default_metrics` where there are no references; None measures nothing by default.
+        packages: Refuse metrics whose packages are not installed.
     """
     weights = {name: flags.pop(name) for name in ('inception', 'dinov2', 'any_weights')}
     metrics, refs = flags.pop('metrics'), flags.pop('refs', ())
-    if not metrics and sources is not None:
+    if metrics is None and sources is not None:
         metrics = default_metrics(refs or sources)
+    chosen = select_metrics(() if metrics is None else metrics.split(','))
+    if packages:
+        require_packages(chosen)
     return MeasureConfig(
-        select_metrics(metrics.split(',') if metrics else ()),
+        chosen,
         tuple(refs),
         DetectorOptions(**weights, offline=offline),
         batch,

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from dnnlib.download import file_sha256
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder, write_json
 from dnnlib.jsonl import append_record
@@ -15,7 +14,6 @@ from evaluation.measure import Evaluator
 from evaluation.records import describe_run
 from metrics.gathering import Gathered
 from metrics.results import format_result, format_summary, summarize_runs
-from networks.files import NetworkInfo, network_path
 from torch_utils import distributed
 
 
@@ -79,8 +77,3 @@ def _merge(evaluator: Evaluator, about, results: list[dict[str, Any]]) -> dict[s
         for name, summary in merged['summary'].items():
             click.echo(format_summary(name, summary, about.count, len(results)))
     return merged
-
-
-def describe_network(path: str, info: NetworkInfo) -> dict[str, Any]:
-    """A network file for a record, with its SHA-256."""
-    return {'file': path, 'sha256': None if path == 'self' else file_sha256(network_path(path)), **info.to_header()}

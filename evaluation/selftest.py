@@ -18,7 +18,7 @@ from metrics.inception_score import class_features, inception_score
 from metrics.kid import kernel_distance
 from metrics.manifolds import manifold_overlap
 from metrics.reading import Images, Subset, describe
-from metrics.registry import METRICS, select_metrics
+from metrics.registry import METRICS, require_packages, select_metrics
 from metrics.results import evaluate
 from torch_utils import distributed
 from torch_utils.random import stream
@@ -108,6 +108,7 @@ def halves(config: MeasureConfig, images: Images, device: torch.device) -> tuple
         offline = dataclasses.replace(config.detectors, offline=True)
         try:
             chosen = select_metrics(METRICS_OF_HALVES[name])
+            require_packages(chosen)
             load_detectors([name], device, offline)
         except UserError as error:
             missing.append(f'{name}: {error}')
@@ -117,13 +118,29 @@ def halves(config: MeasureConfig, images: Images, device: torch.device) -> tuple
         if distributed.rank() == 0:
             checks += _judge(evaluate(chosen, real, made)['metrics'], real, missing)
     for ref in config.refs:
-        chosen = {name: metric for name, metric in config.metrics.items() if metric.statistic.compute is fd}
+        found, problem = _against(config, ref, images, device)
+        checks += found
+        missing += [f'{images.name} against {ref}: {problem}'] if problem else []
+    return checks, missing
+
+
+def _against(config: MeasureConfig, ref: str, images: Images, device: torch.device) -> tuple[list[Check], str]:
+    """Fréchet distances of images to a reference, for people to judge, or why there are none. Every rank calls it."""
+    chosen = {name: metric for name, metric in config.metrics.items() if metric.statistic.compute is fd}
+    try:
+        if not chosen:
+            raise UserError('only Fréchet distances have a known value; give --metrics=fid or another of them')
+        require_packages(chosen)
         evaluator = Evaluator(dataclasses.replace(config, metrics=chosen, refs=(ref,)), device)
         evaluator.prepare(describe(images))
-        for result in evaluator.results(evaluator.stored(images)):
-            numbers = result['metrics'].items()
-            checks += [Check(f'{name} of {images.name} and {ref}', 0, n['value'], None) for name, n in numbers]
-    return checks, missing
+        problem = ''
+    except (UserError, OSError) as error:
+        problem = str(error)
+    if problem := next(filter(None, distributed.gather_text(problem)), ''):
+        return [], problem
+    results = evaluator.results(evaluator.stored(images))
+    numbers = [pair for result in results for pair in result['metrics'].items()]
+    return [Check(f'{name} of {images.name} and {ref}', 0, n['value'], None) for name, n in numbers], ''
 
 
 def _judge(metrics: dict[str, dict[str, Any]], real: Gathered, missing: list[str]) -> Iterator[Check]:

@@ -98,7 +98,7 @@ def describe(images: Images) -> ImageSet:
 
 
 class _Batches(torch.utils.data.Dataset):
-    """ImageBatch k of a set as one item, so that DataLoader's workers decode whole batches."""
+    """Batch k of a set as one item, so that DataLoader's workers decode whole batches."""
 
     def __init__(self, images: Images, batch_size: int, mine: range):
         self.images, self.batch_size, self.mine = images, batch_size, mine
@@ -122,7 +122,7 @@ class _Batches(torch.utils.data.Dataset):
 def batch_range(count: int, batch_size: int) -> range:
     """Numbers of this rank's batches.
 
-    ImageBatch k has images k * batch_size and on, whatever the number of ranks: features depend, in their last bits, on
+    Batch k has images k * batch_size and on, whatever the number of ranks: features depend, in their last bits, on
     the batch that an image is in.
     """
     return range(distributed.rank(), -(-count // batch_size), distributed.world_size())

@@ -176,15 +176,19 @@ def metrics_table() -> str:
 
 
 def select_metrics(names: Iterable[str]) -> dict[str, Metric]:
-    """The metrics of those names, in that order, each once."""
+    """The metrics of those names, in that order, each once; `require_packages` checks that they can be computed."""
     names = list(dict.fromkeys(name.strip() for name in names))
     unknown = [unknown_choice('metric', name, METRICS) for name in names if name not in METRICS]
     if unknown:
         raise UserError(unknown)
-    for name in names:
-        METRICS[name].statistic.require()
-        REQUIRED.get(METRICS[name].features, lambda: None)()
     return {name: METRICS[name] for name in names}
+
+
+def require_packages(metrics: dict[str, Metric]) -> None:
+    """Check that the optional packages of these metrics are installed, before any image is read."""
+    for metric in metrics.values():
+        metric.statistic.require()
+        REQUIRED.get(metric.features, lambda: None)()
 
 
 def needs_of(metrics: dict[str, Metric], reference: bool = False) -> list[Need]:

@@ -28,6 +28,7 @@ LATENT_STD = (4.17, 4.62, 3.71, 3.28)
 SIGMA_DATA = 0.5  # standard deviation of normalised latents
 
 DEFAULT_VAE = 'stabilityai/sd-vae-ft-mse'
+VAE_FACTOR = 8  # side of an image over that of its latents
 VAE_CHUNK = 8  # images that a GPU decodes at a time; 512x512 of them take some GiB
 
 
@@ -39,6 +40,9 @@ class Encoder(Protocol):
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """What a denoiser sees -> uint8 images."""
+
+    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(C', H', W') of what a denoiser sees -> (C, H, W) of the images that `decode` makes of it."""
 
 
 def encode_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -90,6 +94,10 @@ class PixelEncoder:
         """float [N, C, H, W] -> uint8, see `decode_pixels`."""
         return decode_pixels(x)
 
+    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(C, H, W) -> itself."""
+        return shape
+
 
 class StabilityVAEEncoder:
     """Latents of the Stable Diffusion VAE, 8x smaller and of 4 channels, as EDM2 uses them for ImageNet-512.
@@ -128,6 +136,10 @@ class StabilityVAEEncoder:
         """float [N, 4, H, W], normalised latents -> uint8 [N, 3, 8 H, 8 W]."""
         chunks = self._chunks(denormalise_latents(x))
         return torch.cat([(self.vae.decode(z).sample.clip(0, 1) * 255).to(torch.uint8) for z in chunks])
+
+    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(4, H, W) -> (3, 8 H, 8 W)."""
+        return 3, VAE_FACTOR * shape[1], VAE_FACTOR * shape[2]
 
     def _chunks(self, batch: torch.Tensor) -> Iterator[torch.Tensor]:
         """Few images at a time, for memory's sake; on a CPU one, so that a result does not depend on its batch."""

@@ -189,6 +189,7 @@ def test_batch_size_does_not_matter(run, tmp_path):
         ('calc --images=made --ref=absent', 'absent'),
         ('calc --images=made --ref=absent.safetensors', 'absent.safetensors'),
         ('calc --images=made --ref=real --metrics=fd_pixel', 'did you mean fd_pixels or'),
+        ('calc --images=made --ref=real --metrics=', "unknown metric ''; choose from"),
         ('calc --images=made --ref=real --batch=0', '--batch'),
         ('calc --images=made --ref=colour', 'made are 1x8x8'),
         ('calc --images=single --ref=real', 'single has 1 image'),
@@ -661,6 +662,14 @@ def test_selftest(run, monkeypatch):
     assert 'fd_pixels: 256 images in each half are needed, there are 150' in missing[0]
     assert any('inception' in line and 'offline forbids' in line for line in missing) and len(missing) == 3
     assert 'not checked: detectors and published references: give --data' in run('selftest')[1]
+    code, out, err = run('selftest', '--data=real', '--ref=real', '--ref=nothing', '--metrics=kid_pixels')
+    assert (code, err) == (0, '') and 'not checked: real against real: only Fréchet distances' in out
+    code, out, _ = run('selftest', '--data=real', '--ref=real', '--ref=nothing')
+    assert code == 0 and 'fd_pixels of real and real' in out and 'not checked: real against nothing: ' in out
+    with monkeypatch.context() as without:
+        without.setattr('metrics.dino.importlib.util.find_spec', lambda name: None)
+        out = run('selftest', '--data=real', '--ref=real', '--metrics=fd_dinov2')[1]
+    assert 'not checked: real against real: DINOv2 needs' in out
     uncovered = math.prod((150 - 1 - i) / (300 - 1 - i) for i in range(5))  # no image is among the 5 nearest of 299
     assert any(line.split()[:3] == ['prdc_pixels:', 'coverage', f'{1 - uncovered:.6g}'] for line in lines)
     monkeypatch.setattr(evaluation.selftest, 'kernel_distance', lambda real, images: {'value': 79.001})

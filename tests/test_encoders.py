@@ -59,6 +59,7 @@ def test_latents_there_and_back():
     x = sample_latents(stored, torch.zeros(3, 4, 2, 3))
     decoded = encoder.decode(x)
     assert decoded.dtype == torch.uint8 and decoded.shape == images.shape
+    assert encoder.image_shape(x.shape[1:]) == images.shape[1:]
     assert (decoded.int() - images.int()).abs().max() <= 1  # uint8 is cut, not rounded
     assert set(vae.batches) == {1}, 'on a CPU images do not share a batch'
 

@@ -316,7 +316,7 @@ def test_latents(generate, monkeypatch, tmp_path):
     assert json.loads((tmp_path / 'out/generation.json').read_text())['encoder'] == 'stabilityvae'
     with pytest.raises(UserError, match='4 channels make no picture'):
         generate(net='nameless', out='none')
-    with pytest.raises(UserError, match='guiding network is of encoder stabilityvae'):
+    with pytest.raises(UserError, match='guiding network has the encoder stabilityvae'):
         nets = f'--gnet={tmp_path}/latents.safetensors'
         make_network(tmp_path / 'latents.safetensors', LABELLED, encoder='stabilityvae')
         generate(nets, '--guidance=2', out='none')

@@ -18,7 +18,7 @@ from metrics.frechet import frechet_distance
 from metrics.gathering import Need, gather
 from metrics.image_sets import ImageBatch, ImageSet
 from metrics.reference import load_reference, save_reference
-from metrics.registry import METRICS, check_sets, needs_of, select_metrics
+from metrics.registry import METRICS, check_sets, needs_of, require_packages, select_metrics
 from metrics.results import evaluate, format_result
 from metrics.statistics import FeatureStatistics
 from torch_utils.tensor_files import save_tensors
@@ -408,7 +408,7 @@ def test_missing_sklearn_names_the_extra(monkeypatch):
     require_sklearn()
     monkeypatch.setitem(sys.modules, 'sklearn', None)
     with pytest.raises(UserError, match='extra `demo`'):
-        select_metrics(['class_agreement'])
+        require_packages(select_metrics(['class_agreement']))
 
 
 # ---- the table ----

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics import collectors
+from evaluation.selftest import expected_distance
+from metrics import collectors, kid, manifolds
 from metrics.collectors import Sample, Sums, collector_memory
-from metrics.frechet import fd, fd_infinity
+from metrics.frechet import fd, fd_infinity, frechet_distance
 from metrics.image_sets import ImageBatch
 from metrics.inception_score import class_features, inception_score
 from metrics.kid import kernel_distance, mmd2_unbiased
@@ -143,6 +144,16 @@ def test_fd_infinity_of_gaussians():
     assert abs(values.mean() - expected) < 3 * error
     # The errors that it names are those that it makes; the deviation of 40 values is known to 11 %.
     assert errors.square().mean().sqrt() / values.std() == pytest.approx(1, abs=0.35)
+
+
+def test_distance_of_samples_to_their_distribution():
+    """One dimension by hand: variance / n of the mean, half of that of the standard deviation. More by drawing."""
+    assert expected_distance(torch.tensor([[4.0]]), 100) == pytest.approx(4 / 100 * 1.5)
+    root, n = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64), 400
+    real = torch.zeros(3, dtype=torch.float64), root.square().diag()
+    drawn = (normal(i, n, 3) * root for i in range(300))
+    found = torch.tensor([frechet_distance(*real, x.mean(dim=0), torch.cov(x.T)) for x in drawn])
+    assert abs(found.mean() - expected_distance(real[1], n)) < 4 * found.std() / 300**0.5 + 0.02 * found.mean()
 
 
 def test_fd_infinity_is_the_line_through_two_sizes():
@@ -291,6 +302,12 @@ def test_precision_and_recall_in_blocks(monkeypatch):
     monkeypatch.setattr('metrics.manifolds._distances2', distances)
     assert manifold_overlap(real, images) == whole
     assert 0 < whole['precision'] < 1 and max(sizes) == 7 * 40
+
+
+def test_protocol_of_published_numbers():
+    """50,000 generated images against 10,000 real ones; blocks of 1000 for KID, ten parts for the Inception score."""
+    assert (collectors.MOST_FEATURES, manifolds.MOST_REAL, kid.MOST_BLOCK) == (50_000, 10_000, 1000)
+    assert collectors.GROUPS == {'statistics': 1, 'halves': 2, 'tenths': 10}
 
 
 def test_real_images_are_limited(monkeypatch):

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import pickle
+import re
 import sys
 import threading
 import types
@@ -27,7 +28,7 @@ from metrics.inception_score import class_features
 from metrics.npz import NpzImages, npz_array
 from metrics.reading import batch_range, describe, random_subset, read_batches, split_evenly
 from metrics.reference import load_reference, save_reference
-from metrics.registry import METRICS, check_sets, memory_notes, needs_of, select_metrics
+from metrics.registry import METRICS, check_sets, memory_notes, needs_of, require_packages, select_metrics
 from metrics.results import evaluate, format_result, summarize_runs
 
 FID = Need('inception', 'statistics')
@@ -220,6 +221,15 @@ def test_baselines_are_downloaded_once_and_known(published, moments):
     path.write_bytes(path.read_bytes() + b'!')
     with pytest.raises(UserError, match='SHA-256'):
         load_baseline('edm2-img64', [FID], {'inception': Detector()}, offline=True)
+
+
+def test_baselines_are_of_what_their_names_say():
+    for name, baseline in BASELINES.items():
+        side = 32 if name == 'edm-cifar10' else int(re.search(r'(\d+)$', name)[1])
+        assert baseline.side == side and f'{side}' in baseline.url, name
+    sets = {(b.count, b.transform) for name, b in BASELINES.items() if name != 'edm-cifar10'}
+    assert sets == {(1_281_167, 'center-crop-dhariwal')}
+    assert (BASELINES['edm-cifar10'].count, BASELINES['edm-cifar10'].transform) == (50_000, 'none')
 
 
 def test_baselines_lie_at_encrypted_places_and_near_names_are_told(tmp_path, monkeypatch):
@@ -524,7 +534,7 @@ def test_positions_are_interpolated_with_the_authors_scale():
 def test_missing_dino_says_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr('metrics.dino.importlib.util.find_spec', lambda name: None)
     with pytest.raises(UserError, match='install the extra `dino`'):
-        select_metrics(['fd_dinov2'])
+        require_packages(select_metrics(['fd_dinov2']))
 
 
 def test_published_dino_is_asked_for_by_its_revision(monkeypatch):
