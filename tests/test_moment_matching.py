@@ -21,6 +21,7 @@ from networks.files import NetworkInfo, load_network, save_network
 from sampling.config import SamplerConfig
 from tests.helpers import assert_same_tensors, edm2_network, state_tensors
 from tests.published_files import write_published
+from tests.test_training_survival import assert_same_runs, start, wait_for
 from training.config import TrainConfig
 from training.cost import memory
 from training.inputs import Inputs
@@ -231,6 +232,25 @@ def test_resumed_run_is_bit_exact(student, run, tmp_path):
         run('parts', replaced(config, {'method.steps': 8}))
     net, info = load_network(tmp_path / 'whole/network-snapshot-0000001-0.050.safetensors')
     assert net.config == student.network and SamplerConfig.from_json(info.sampler) == student.sampler
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(config, trained_once, tmp_path):
+    teacher = trained_once / 'network-snapshot-0000002-0.050.safetensors'
+    arguments = [
+        *('--preset=edm2plus-digits-distilled', f'--teacher={teacher}', f'--data={config.data}', '--duration=2Ki'),
+        *('--batch=128', '--checkpoint=1Ki', '--status=128', '--preview=2Ki', '--snapshot=2Ki'),
+    ]
+    process = start(arguments, tmp_path / 'whole')
+    assert process.communicate()[0] and process.returncode == 0
+    process = start(arguments, tmp_path / 'killed')
+    wait_for(process, r'^ +1[3-9]\d\d images')
+    process.kill()
+    process.communicate()
+    process = start(arguments, tmp_path / 'killed')
+    assert 'at 1024 images' in wait_for(process, 'resumed from')
+    process.communicate()
+    assert_same_runs(tmp_path / 'whole', tmp_path / 'killed')
 
 
 def test_commands(config, trained_once, run_script, tmp_path):

@@ -157,7 +157,7 @@ class MomentMatching:
 class MomentMatchingLoss(nn.Module):
     """Loss of every image, of whichever of the two networks is trained; a module as `DenoisingLoss` is one.
 
-    With x~ the student's image of x_t, x_s drawn from its posterior (no gradient), g the auxiliary and D the teacher:
+    With x~ the student's image of x_t, x_s drawn from its posterior, g the auxiliary and D the teacher:
 
         auxiliary  w(s) (||x~ - g(x_s)||^2 + ||D(x_s) - g(x_s)||^2), whose optimum is g = (E[x~ | x_s] + D) / 2
         student    w(s) x~ . (g(x_s) - D(x_s)), with a gradient through x~ alone
@@ -203,7 +203,7 @@ class MomentMatchingLoss(nn.Module):
         with torch.set_grad_enabled(trains_student):
             made = student(x_t, sigma_t, labels)
         mean, variance = posterior(x_t, made, t, s)
-        x_s = (mean + variance.sqrt() * noise_s).detach()
+        x_s = mean + variance.sqrt() * noise_s
         with torch.set_grad_enabled(not trains_student):
             estimate = auxiliary(x_s, sigma_s, labels)
         target = self.teach(x_s, sigma_s, labels)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from diffusion.levels import LogNormal
+from diffusion.weightings import Sigmoid
 from networks.config import UNCERTAINTY_CHANNELS, NetworkConfig
 from networks.edm2.config import EDM2Config
 from training.config import TrainConfig
@@ -107,8 +108,10 @@ DIGITS = TrainConfig(
 # Its network into 8 steps, as fast: --teacher=demo/run/phema-0000049-0.120.safetensors
 DIGITS_DISTILLED = dataclasses.replace(
     DIGITS,
-    optimizer=Optimizer(0.0050, decay=180, rampup=1024, beta1=0.0, eps=1e-12),
-    method=MomentMatchingConfig(),
+    optimizer=Optimizer(0.0050, decay=180, rampup=512, beta1=0.0, eps=1e-12),
+    method=MomentMatchingConfig(weighting=Sigmoid(2.0)),
+    duration=8 * 1024,
+    batch=32,
 )
 
 
