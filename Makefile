@@ -67,6 +67,7 @@ resolve: setup
 lint: setup
 	ruff check .
 	ruff format --check .
+	mypy
 
 format: setup
 	ruff check --fix .

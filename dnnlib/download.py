@@ -42,7 +42,7 @@ def cache_folder() -> Path:
 
 def local_file(source: str | os.PathLike, offline: bool = False) -> Path:
     """The file that a path or URL names, downloaded if need be; see `download`."""
-    return download(source, offline=offline) if is_url(source) else Path(source)
+    return download(str(source), offline=offline) if is_url(source) else Path(source)
 
 
 def download(url: str, sha256: str | None = None, offline: bool = False) -> Path:

@@ -3,6 +3,7 @@
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 STOPPING = [name for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
 
@@ -24,7 +25,7 @@ class StopSignals:
     def __init__(self, last: bool = False):
         self.received: str | None = None
         self._last = last
-        self._before = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> 'StopSignals':
         if threading.current_thread() is threading.main_thread():

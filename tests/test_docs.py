@@ -17,7 +17,8 @@ from tests.conftest import ROOT
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 # What is appended to a command so that it takes seconds: options given twice count as they come last.
 SMALL = {
-    'train.py --preset=edm2plus-digits': '--channels=32 --channel-mult=1 --snapshot=16Ki',
+    'train.py --preset=edm2plus-digits': '--channels=16 --channel-mult=1 --channels-per-head=16 '
+    '--snapshot=16Ki --batch=256',
     'train.py --preset=edm2plus-img32-tiny': '--channels=48 --channel-mult=1 --num-blocks=1 --attn-resolutions=8 '
     '--duration=1Ki --batch=64 --rampup=256 --status=512',
     'sweep.py': '--seeds=0-19 --steps=2 --outstd=0.05,0.10',
@@ -82,7 +83,7 @@ def test_what_a_cpu_can_run(tmp_path):
         seen.append(line)
         extra = next((more for start, more in SMALL.items() if line.startswith(f'python {start}')), '')
         run = [sys.executable, str(ROOT / words[1]), *words[2:], *extra.split()]
-        process = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        process = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert process.returncode == 0, f'{page}: {line}: {process.stderr[-2000:]}'
     assert len(seen) > 15 and (tmp_path / 'demo/report.html').exists() and (tmp_path / 'out/photos-grid.png').exists()
     for page in PAGES:

@@ -30,6 +30,7 @@ VERIFY_VARIABLE = 'EDM2PLUS_VERIFY'  # 0 turns the digests of tensors off, excep
 ROW, ROWS = 1024, 512  # of 8-byte words that are summed at once, 4 MiB: they stay in the cache
 
 T = TypeVar('T')
+File = TypeVar('File', bound='TensorFile')
 
 
 class UnreadableFileError(UserError):
@@ -142,7 +143,7 @@ class TensorFile:
         if not (os.environ.get(VERIFY_VARIABLE) != '0' if verify is None else verify):
             self.digests = None
 
-    def __enter__(self) -> 'TensorFile':
+    def __enter__(self: File) -> File:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -208,9 +208,9 @@ class TrainConfig:
             return [f'the batch must be a multiple of the number of ranks ({world_size}), not {self.batch} ({near})']
         micro = self.micro_batch_for(world_size)
         if micro < 1 or share % micro:
-            near = [n for n in range(1, share + 1) if share % n == 0]
-            near = sorted(near, key=lambda n: (abs(n - micro), n))[:2]
-            hint = ' or '.join(map(str, near))
+            divisors = [n for n in range(1, share + 1) if share % n == 0]
+            nearest = sorted(divisors, key=lambda n: (abs(n - micro), n))[:2]
+            hint = ' or '.join(map(str, nearest))
             return [f'{share} images per step and rank are no multiple of batch-gpu {micro} (try {hint})']
         return []
 

@@ -43,12 +43,12 @@ def plan(config: TrainConfig, world_size: int) -> list[tuple[str, str]]:
                    f'{format_bytes(state_bytes * kept)} together'),
     ]  # fmt: skip
     sizes = memory(config, world_size)
-    for available in [None] if config.micro_batch else _available():
+    for available in [0.0] if config.micro_batch else _available():
         micro = config.micro_batch or fitting_micro_batch(config, world_size, available, sizes)
         parts = {name: size * micro if name == 'activations' else size for name, size in sizes.items()}
         shares = ', '.join(f'{name} {format_bytes(size)}' for name, size in parts.items())
         total = f'about {format_bytes(sum(parts.values()))} with --batch-gpu={micro} ({shares}; without the allocator)'
-        gpu = '' if available is None else f', {available / 2**30:.0f} GiB'
+        gpu = '' if config.micro_batch else f', {available / 2**30:.0f} GiB'
         rows.append((f'memory of one GPU{gpu}', total))
     return rows
 

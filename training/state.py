@@ -130,7 +130,7 @@ class TrainState:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Everything, by the name it has in a state."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for key, net in self.method.networks.items():
             tensors |= {f'{key}/{name}': t for name, t in net.state_dict().items()}
             states = self.method.optimizers[key].state

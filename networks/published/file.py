@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +14,8 @@ from networks.published.reader import read_published, to_object
 
 # By the class of its `ema`: what a file becomes, (network, content) -> (config, name of the encoder, tensors).
 FAMILIES = {'Precond': edm2.read_network, **dict.fromkeys(edm.PRECONDITIONERS, edm.read_network)}
+
+File = TypeVar('File', bound='PublishedFile')
 
 
 class PublishedFile:
@@ -48,7 +50,7 @@ class PublishedFile:
         self.sampler = SAMPLERS.get(Path(self.path).stem, {})
         self.names = sorted(self._tensors)
 
-    def __enter__(self) -> 'PublishedFile':
+    def __enter__(self: File) -> File:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,6 +1,7 @@
 """Recipes of EDM2 and EDM2+: the papers' tables, one row for a preset, and one that runs anywhere."""
 
 import dataclasses
+from typing import Any
 
 from diffusion.levels import LogNormal
 from diffusion.weightings import Sigmoid
@@ -49,7 +50,7 @@ _EDM2_IMG64 = {
 # The same for 64x64x4 latents of ImageNet-512. The paper has no xxs: half of xs, with the learning rate that the other
 # sizes' pattern 1 / sqrt(channels) gives.
 #     torchrun --nnodes=4 --nproc_per_node=8 train.py --preset=edm2-img512-s --data=img512-sd.zip --outdir=runs/NAME
-_LATENTS = {'img_channels': 4, 'decay': 70000, 'P_mean': -0.4, 'P_std': 1.0}
+_LATENTS: dict[str, Any] = {'img_channels': 4, 'decay': 70000, 'P_mean': -0.4, 'P_std': 1.0}
 _EDM2_IMG512 = {
     'xxs': _imagenet('A', 64, 0.0170, 0.00, 2048, **_LATENTS),
     'xs': _imagenet('A', 128, 0.0120, 0.00, 2048, 'FID 3.53 at EMA 0.135', **_LATENTS),
