@@ -7,6 +7,7 @@ from diffusion.levels import LogNormal
 from diffusion.weightings import Sigmoid
 from networks.config import UNCERTAINTY_CHANNELS, NetworkConfig
 from networks.edm2.config import EDM2Config
+from sampling.config import SamplerConfig
 from training.config import TrainConfig
 from training.methods.denoising import DenoisingConfig
 from training.methods.moment_matching import MomentMatchingConfig
@@ -101,6 +102,7 @@ DIGITS = TrainConfig(
     duration=48 * 1024,
     batch=64,
     method=DenoisingConfig(LogNormal(-0.4, 1.2)),
+    sampler=SamplerConfig(steps=18),  # more make no better digits: docs/sampling.md
     snapshot=2 * 1024,
     checkpoint=16 * 1024,
     status=1024,
