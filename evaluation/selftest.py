@@ -118,29 +118,34 @@ def halves(config: MeasureConfig, images: Images, device: torch.device) -> tuple
         if distributed.rank() == 0:
             checks += _judge(evaluate(chosen, real, made)['metrics'], real, missing)
     for ref in config.refs:
-        found, problem = _against(config, ref, images, device)
+        found, problems = _against(config, ref, images, device)
         checks += found
-        missing += [f'{images.name} against {ref}: {problem}'] if problem else []
+        missing += [f'{images.name} against {ref}: {problem}' for problem in problems]
     return checks, missing
 
 
-def _against(config: MeasureConfig, ref: str, images: Images, device: torch.device) -> tuple[list[Check], str]:
-    """Fréchet distances of images to a reference, for people to judge, or why there are none. Every rank calls it."""
-    chosen = {name: metric for name, metric in config.metrics.items() if metric.statistic.compute is fd}
-    try:
-        if not chosen:
-            raise UserError('only Fréchet distances have a known value; give --metrics=fid or another of them')
-        require_packages(chosen)
-        evaluator = Evaluator(dataclasses.replace(config, metrics=chosen, refs=(ref,)), device)
-        evaluator.prepare(describe(images))
-        problem = ''
-    except (UserError, OSError) as error:
-        problem = str(error)
-    if problem := next(filter(None, distributed.gather_text(problem)), ''):
-        return [], problem
-    results = evaluator.results(evaluator.stored(images))
-    numbers = [pair for result in results for pair in result['metrics'].items()]
-    return [Check(f'{name} of {images.name} and {ref}', 0, n['value'], None) for name, n in numbers], ''
+def _against(config: MeasureConfig, ref: str, images: Images, device: torch.device) -> tuple[list[Check], list[str]]:
+    """Fréchet distances of images to a reference, for people to judge, and why some are missing; for all ranks."""
+    chosen, problems = {}, []
+    for name, metric in config.metrics.items():
+        one = {name: metric}
+        try:
+            if metric.statistic.compute is not fd:
+                raise UserError('it has no known value; fid and other Fréchet distances have')
+            require_packages(one)
+            evaluator = Evaluator(dataclasses.replace(config, metrics=one, refs=(ref,)), device)
+            evaluator.prepare(describe(images))
+            chosen |= one
+        except (UserError, OSError) as error:
+            problems.append(f'{name}: {error}')
+    known = set.intersection(*(set(text.split(',')) for text in distributed.gather_text(','.join(chosen))))
+    chosen = {name: metric for name, metric in chosen.items() if name in known}
+    if not chosen:
+        return [], problems
+    evaluator = Evaluator(dataclasses.replace(config, metrics=chosen, refs=(ref,)), device)
+    evaluator.prepare(describe(images))
+    numbers = [pair for result in evaluator.results(evaluator.stored(images)) for pair in result['metrics'].items()]
+    return [Check(f'{name} of {images.name} and {ref}', 0, n['value'], None) for name, n in numbers], problems
 
 
 def _judge(metrics: dict[str, dict[str, Any]], real: Gathered, missing: list[str]) -> Iterator[Check]:

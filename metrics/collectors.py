@@ -31,6 +31,9 @@ def restore_collector(kind: str, tensors: dict[str, torch.Tensor]) -> 'Sums | Sa
         KeyError: where one is missing.
         ValueError: where they do not fit each other, or hold what is not finite.
     """
+    if 'even.mean' in tensors:  # older files hold halves one by one
+        names = ('mean', 'scatter', 'count')
+        tensors = {name: torch.stack([tensors[f'{half}.{name}'] for half in ('even', 'odd')]) for name in names}
     if kind in GROUPS:
         groups = 'G' if tensors['mean'].ndim > 1 else ''
         names = {'mean': f'{groups}F', 'scatter': f'{groups}FF', 'count': groups}

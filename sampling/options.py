@@ -163,5 +163,5 @@ def _not_taken(config: SamplerConfig, name: str) -> str:
     for key, table in TABLES.items():
         able = [n for n, cls in table.items() if name in {f.name for f in dataclasses.fields(cls)}]
         if able:
-            return f'the {key} {_name(config, key)} has no option {name}; {" and ".join(able)} have'
+            return f'the {key} {_name(config, key)} has no option {name}, which is one of {", ".join(able)}'
     raise AssertionError(name)

@@ -662,14 +662,15 @@ def test_selftest(run, monkeypatch):
     assert 'fd_pixels: 256 images in each half are needed, there are 150' in missing[0]
     assert any('inception' in line and 'offline forbids' in line for line in missing) and len(missing) == 3
     assert 'not checked: detectors and published references: give --data' in run('selftest')[1]
-    code, out, err = run('selftest', '--data=real', '--ref=real', '--ref=nothing', '--metrics=kid_pixels')
-    assert (code, err) == (0, '') and 'not checked: real against real: only Fréchet distances' in out
+    code, out, err = run('selftest', '--data=real', '--ref=real', '--metrics=kid_pixels,fd_pixels')
+    assert (code, err) == (0, '') and 'not checked: real against real: kid_pixels: it has no known value' in out
+    assert 'fd_pixels of real and real' in out
     code, out, _ = run('selftest', '--data=real', '--ref=real', '--ref=nothing')
     assert code == 0 and 'fd_pixels of real and real' in out and 'not checked: real against nothing: ' in out
     with monkeypatch.context() as without:
         without.setattr('metrics.dino.importlib.util.find_spec', lambda name: None)
         out = run('selftest', '--data=real', '--ref=real', '--metrics=fd_dinov2')[1]
-    assert 'not checked: real against real: DINOv2 needs' in out
+    assert 'not checked: real against real: fd_dinov2: DINOv2 needs' in out
     uncovered = math.prod((150 - 1 - i) / (300 - 1 - i) for i in range(5))  # no image is among the 5 nearest of 299
     assert any(line.split()[:3] == ['prdc_pixels:', 'coverage', f'{1 - uncovered:.6g}'] for line in lines)
     monkeypatch.setattr(evaluation.selftest, 'kernel_distance', lambda real, images: {'value': 79.001})

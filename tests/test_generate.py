@@ -338,7 +338,7 @@ def test_bad_words(generate, tmp_path):
         (['--sampler=heum'], "unknown sampler 'heum'; did you mean heun"),
         (
             ['--sampler=dpm++2m', '--S_churn=1'],
-            'dpm..2m has no option S_churn; heun and euler and ablation have',
+            'dpm..2m has no option S_churn, which is one of heun, euler, ablation',
         ),
         (['--guidance-interval=2,1', '--gnet=self', '--guidance=2'], 'LO < HI'),
         (['--guidance-interval=1,2'], '--guidance-interval means nothing without guidance'),

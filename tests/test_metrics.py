@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dnnlib.errors import UserError
 from metrics.class_agreement import class_agreement, require_sklearn
-from metrics.collectors import Sample
+from metrics.collectors import Sample, restore_collector
 from metrics.detectors import PixelDetector, load_detectors
 from metrics.frechet import frechet_distance
 from metrics.gathering import Need, gather
@@ -505,6 +505,16 @@ def test_reference_file_holds_what_was_gathered(reference_file):
     for one, other in zip(before.groups, after.groups, strict=True):
         assert torch.equal(one.mean, other.mean) and torch.equal(one.scatter, other.scatter)
     assert [group.count for group in after.groups] == [13, 12] and loaded.content == real.content
+
+
+def test_halves_of_older_reference_files(reference_file):
+    _, real = reference_file
+    before = real.collected[PIXEL_STATISTICS]
+    parts = zip(('even', 'odd'), before.groups, strict=True)
+    tensors = {f'{half}.{name}': t for half, group in parts for name, t in group.to_tensors().items()}
+    after = restore_collector('halves', tensors)
+    assert [group.count for group in after.groups] == [13, 12]
+    assert torch.equal(after.union().scatter, before.union().scatter)
 
 
 def test_reference_of_another_detector_is_refused(reference_file, monkeypatch):

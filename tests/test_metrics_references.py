@@ -416,6 +416,13 @@ def test_any_statistic_of_any_features():
     assert one is other and images.collected[METRICS['kid'].need].count == 40
 
 
+def test_extrapolation_needs_three_images_in_each_tenth():
+    few, enough = (ImageSet('some', count, (3, 8, 8), 0) for count in (29, 30))
+    check_sets(select_metrics(['fid_infinity']), enough, enough)
+    with pytest.raises(UserError, match='fid_infinity needs at least 30 images'):
+        check_sets(select_metrics(['fid_infinity']), enough, few)
+
+
 def test_metrics_without_a_reference():
     need = METRICS['is'].need
     images = gathered(random_images(0, 30), [need])
