@@ -12,7 +12,7 @@ import click
 from dataset.reader import ImageDataset
 from dnnlib import cli
 from dnnlib.errors import UserError
-from dnnlib.files import atomic_path, make_folder
+from dnnlib.files import atomic_path, make_folder, read_object
 from dnnlib.jsonl import read_records
 
 EPILOG = """\b
@@ -46,7 +46,7 @@ def main(folders, dest, samples, metrics, sweep, data, neighbours, features, dev
     runs = read_runs(list(folders))
     measured = [(path.name, result) for path in metrics for result in _results(path)]
     sweeps = [(path.name, sorted(read_records(path / 'sweep.jsonl'), key=lambda row: row['ema_std'])) for path in sweep]
-    generations = [json.loads((path / 'generation.json').read_text(encoding='utf-8')) for path in samples]
+    generations = [read_object(path / 'generation.json') for path in samples]
     data = data or runs[0].config['data']
     found = []
     if samples and neighbours and (data == '' or not Path(data).exists()):

@@ -14,7 +14,7 @@ from dataset.reader import ImageDataset, open_dataset
 from dnnlib import cli
 from dnnlib.configs import parse_setting
 from dnnlib.errors import UserError
-from dnnlib.files import make_folder
+from dnnlib.files import make_folder, read_object
 from dnnlib.images import image_grid, save_png
 from dnnlib.signals import StopSignals
 from evaluation.measure import Evaluator, Generation, MeasureConfig
@@ -192,8 +192,9 @@ def with_micro_batch(config: TrainConfig, folder: Path, device: torch.device) ->
     if config.micro_batch is not None:
         return config
     if earlier.exists():
-        micro = json.loads(earlier.read_text(encoding='utf-8')).get('micro_batch')
-        return config if micro is None or share % micro else dataclasses.replace(config, micro_batch=micro)
+        micro = read_object(earlier).get('micro_batch')
+        fits = isinstance(micro, int) and micro > 0 and share % micro == 0
+        return dataclasses.replace(config, micro_batch=micro) if fits else config
     sizes, available = memory(config, world_size), device_memory(device)
     fitting = fitting_micro_batch(config, world_size, available, sizes)
     micro = min(map(int, distributed.gather_text(str(fitting))))

@@ -1,12 +1,12 @@
 """What a run folder says of a run."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from dnnlib.errors import UserError
+from dnnlib.files import read_object
 from dnnlib.jsonl import read_records
 
 COMMAND = 'command: '  # begins the line of log.txt that tells how a run was started
@@ -42,8 +42,8 @@ def read_run(folder: Path, name: str) -> Run:
         UserError: where it is none, or nothing has been trained in it yet.
     """
     try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        config = read_object(folder / 'config.json')
+    except (OSError, UserError):
         raise UserError(f'{folder} is no run folder: there is no readable config.json in it') from None
     stats = read_records(folder / 'stats.jsonl')
     if not stats:

@@ -346,6 +346,12 @@ def test_micro_batch_of_a_run_that_was_begun_stays(config, tmp_path, monkeypatch
     asked = replace(config, micro_batch=128)
     assert with_micro_batch(asked, tmp_path, torch.device('cpu')) == asked
     assert with_micro_batch(config, tmp_path / 'other', torch.device('cpu')).micro_batch is None
+    for content, problem in (('[1]', 'not an object'), ('zz', 'cannot be read')):
+        (tmp_path / 'config.json').write_text(content)
+        with pytest.raises(UserError, match=rf'config\.json .*{problem}'):
+            with_micro_batch(config, tmp_path, torch.device('cpu'))
+    write_json(tmp_path / 'config.json', {'micro_batch': 'many'})  # refused later, with all differences
+    assert with_micro_batch(config, tmp_path, torch.device('cpu')) == config
 
 
 def test_pictures_come_early_and_at_every_stop(config, tmp_path, monkeypatch):
