@@ -194,6 +194,25 @@ def test_magnitudes_of_a_new_network(rung):
         assert lowest - 0.005 <= mean <= highest + 0.005, (means, INITIAL[rung])
 
 
+# At full size, of another seed and two images: F, the last block of the encoder, the largest of any block.
+FULL = {'a': (0, 0.04, 0.58), 'c': (0.31, 1.31, 1.52), 'd': (0.49, 3.26, 3.68), 'f': (1.61, 1.44, 2.84)}
+FULL |= {'b': FULL['a'], 'e': FULL['d'], 'g': (0, 0.95, 1.02)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rung', FULL)
+def test_magnitudes_of_a_new_network_of_full_size(rung):
+    y, sigma, noise, _ = inputs(2, 64)
+    net, seen = Denoiser(full(rung)).eval(), {}
+    for name, part in net.unet.stages():
+        part.register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, rms(out)))
+    with torch.no_grad():
+        net(y + sigma[:, None, None, None] * noise, sigma, nn.functional.one_hot(torch.tensor([1, 2]), 1000).float())
+    blocks = {name: value for name, value in seen.items() if not name.endswith(('_conv', 'output'))}
+    found = (seen['output'], blocks['enc 8x8_block2'], max(blocks.values()))
+    assert found == pytest.approx(FULL[rung], rel=0.12, abs=0)
+
+
 # What the equations say of the magnitude of u: features of sqrt(1/2) (G: 1), weights of 1 or sqrt(1/3), and B's bias.
 UNCERTAINTY = {
     'b': 0.41,
