@@ -43,6 +43,21 @@ def rows(teacher: str, students: tuple[str, ...]) -> Iterator[tuple[str, Denoise
         yield 'students', net, SamplerConfig.from_json(info.sampler)
 
 
+def draw(curves: dict[str, list[tuple[int, ...]]], picture: str) -> None:
+    """A panel for each metric; points of a curve are (evaluations, metric, metric)."""
+    matplotlib.use('Agg')
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout='constrained')
+    for axis, metric, k in zip(axes, METRICS, (1, 2), strict=True):
+        for name, points in curves.items():
+            points = sorted(points)
+            axis.plot([p[0] for p in points], [p[k] for p in points], 'o-', label=name)
+        axis.set(xscale='log', xlabel='evaluations', ylabel=metric, xticks=STEPS, xticklabels=STEPS)
+        axis.minorticks_off()
+    axes[0].set_yscale('log')
+    axes[0].legend()
+    figure.savefig(picture, dpi=100)
+
+
 @click.command()
 @click.argument('students', nargs=-1, metavar='FILE...')
 @click.option('--teacher', required=True, metavar='FILE', help='Network file.')
@@ -59,17 +74,7 @@ def main(students: tuple[str, ...], teacher: str, ref: str, picture: str, seeds:
         values = [measured[metric]['value'] for metric in METRICS]
         curves.setdefault(name, []).append((config.evaluations, *values))
         click.echo(f'| {name} | {config.evaluations} | {values[0]:.3f} | {values[1]:.3f} |')
-    matplotlib.use('Agg')
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout='constrained')
-    for axis, metric, k in zip(axes, METRICS, (1, 2), strict=True):
-        for name, points in curves.items():
-            points = sorted(points)
-            axis.plot([p[0] for p in points], [p[k] for p in points], 'o-', label=name)
-        axis.set(xscale='log', xlabel='evaluations', ylabel=metric, xticks=STEPS, xticklabels=STEPS)
-        axis.minorticks_off()
-    axes[0].set_yscale('log')
-    axes[0].legend()
-    figure.savefig(picture, dpi=100)
+    draw(curves, picture)
 
 
 if __name__ == '__main__':

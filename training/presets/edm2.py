@@ -113,7 +113,7 @@ DIGITS_DISTILLED = dataclasses.replace(
     DIGITS,
     optimizer=Optimizer(0.0050, decay=180, rampup=512, beta1=0.0, eps=1e-12),
     method=MomentMatchingConfig(weighting=Sigmoid(2.0)),
-    duration=8 * 1024,
+    duration=24 * 1024,
     batch=32,
 )
 
