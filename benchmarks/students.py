@@ -1,6 +1,6 @@
 """Quality against evaluations: a teacher with its samplers, and students that were distilled from it.
 
-python benchmarks/students.py --teacher=demo/run/phema-0000049-0.120.safetensors --ref=demo/digits.zip \
+python -m benchmarks.students --teacher=demo/run/phema-0000049-0.120.safetensors --ref=demo/digits.zip \
     --plot=docs/students.png demo/students/*/network-snapshot-0000024-0.100.safetensors
 
 All have the same seeds; a student is sampled as its file says.
@@ -54,7 +54,7 @@ def draw(curves: dict[str, list[tuple[int, ...]]], picture: str) -> None:
         axis.set(xscale='log', xlabel='evaluations', ylabel=metric, xticks=STEPS, xticklabels=STEPS)
         axis.minorticks_off()
     axes[0].set_yscale('log')
-    axes[0].legend()
+    axes[0].legend(fontsize='small')
     figure.savefig(picture, dpi=100)
 
 
