@@ -87,14 +87,14 @@ _DIGITS = TrainConfig(
     network=NetworkConfig(
         (8, 8), 1, 10,
         SongConfig(model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0),
-        augment_dim=EDMAugment().dim,
+        augment_dim=EDMAugment(xflip=0.0, yflip=0.0).dim,
     ),
     optimizer=Optimizer(2e-3, rampup=4 * 1024, beta2=0.999, nonfinite='clamp'),
-    duration=48 * 1024,
+    duration=64 * 1024,
     batch=64,
     method=DenoisingConfig(LogNormal(-1.2, 1.2)),
     ema=Averages(halflife=4 * 1024),
-    augment=EDMAugment(),
+    augment=EDMAugment(xflip=0.0, yflip=0.0),  # mirrored digits are none: fd_pixels 0.11 instead of 0.22
     sampler=SamplerConfig(18, HEUN),
     snapshot=2 * 1024,
     checkpoint=16 * 1024,
