@@ -11,6 +11,7 @@ class Folding(nn.Module):
     """A layer whose `used_weight(...)` is computed in every call, within `folded` in the first one alone."""
 
     folding = False
+    settled = False
     kept: torch.Tensor | None = None
 
     def weight_as(self, dtype: torch.dtype, *args) -> torch.Tensor:
@@ -21,6 +22,9 @@ class Folding(nn.Module):
         if self.folding:
             self.kept = weight
         return weight
+
+    def settle(self) -> None:
+        """Do to the stored weight what training does before a step; by default nothing."""
 
 
 @contextlib.contextmanager
@@ -39,3 +43,17 @@ def folded(nets: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.folding, layer.kept = False, None
+
+
+@contextlib.contextmanager
+def settled(net: nn.Module) -> Iterator[None]:
+    """`settle` layers in training now, instead of in every call: once for all micro-batches of a step."""
+    layers = [m for m in net.modules() if isinstance(m, Folding) and m.training]
+    for layer in layers:
+        layer.settle()
+        layer.settled = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.settled = False

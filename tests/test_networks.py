@@ -159,7 +159,7 @@ def test_dropout_sits_behind_the_modulation(tiny_config, monkeypatch):
         block(torch.ones(1, 16, 4, 4), torch.ones(1, 32))
         assert dropped == [((1, width, 4, 4), 0.3)]
     calls = []
-    monkeypatch.setattr('networks.edm2.unet.mp_silu', lambda y: calls.append('silu') or y)
+    monkeypatch.setattr('networks.edm2.unet.silu', lambda y: calls.append('silu') or y)
     monkeypatch.setattr(Dropout, 'forward', lambda self, y: calls.append('dropout') or y)
     Block(16, 16, 32, replace(tiny_config, block='C', dropout=0.3), 'enc').train()(
         torch.ones(1, 16, 4, 4), torch.ones(1, 32)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from networks.folding import settled
 from torch_utils import distributed
 from training.monitor.step_stats import LossSums, StepStats, noise_edges
 from training.monitor.timing import PhaseTimer
@@ -44,15 +45,8 @@ class Update:
         stats = StepStats(LossSums(self.edges), config.optimizer.at(nimg, config.batch))
         # DistributedDataParallel averages over ranks; the loss is averaged over the total batch.
         scale = config.loss_scaling * distributed.world_size() / config.batch
-        for round_ in range(self.rounds):
-            with timer.phase('data'):
-                tensors = next(arguments)
-            if self.loss is None:
-                self.loss = self._prepared(tensors)
-            with timer.phase('forward/backward'), self._gradients_travel(round_ == self.rounds - 1):
-                sigma, losses, errors = self.loss(*tensors)
-                (losses.sum() * scale).backward()
-                stats.losses.add(sigma, losses.detach(), errors.detach())
+        with settled(self.plain):
+            self._accumulate(arguments, scale, stats, timer)
         with timer.phase('optimizer'):
             for group in self.optimizer.param_groups:
                 group['lr'] = stats.learning_rate
@@ -63,6 +57,18 @@ class Update:
             stats.grad_norm = norm / config.loss_scaling
             self.optimizer.step()
         return stats
+
+    def _accumulate(self, arguments: Iterator[tuple], scale: float, stats: StepStats, timer: PhaseTimer) -> None:
+        """Add up the gradients of all micro-batches."""
+        for round_ in range(self.rounds):
+            with timer.phase('data'):
+                tensors = next(arguments)
+            if self.loss is None:
+                self.loss = self._prepared(tensors)
+            with timer.phase('forward/backward'), self._gradients_travel(round_ == self.rounds - 1):
+                sigma, losses, errors = self.loss(*tensors)
+                (losses.sum() * scale).backward()
+                stats.losses.add(sigma, losses.detach(), errors.detach())
 
     def _prepared(self, tensors: tuple) -> nn.Module:
         """The loss, compiled if the config says so, over all ranks; names of parameters stay as they are."""

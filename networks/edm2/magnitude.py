@@ -11,19 +11,25 @@ NORM_EPS = 1e-4  # keeps normalize() defined at zero
 SILU_RMS = 0.596  # root mean square of silu(x) for x ~ N(0, 1), as EDM2 rounds it
 
 
-def normalize(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Scale to unit root mean square over `dims` (EDM2 eq. 47): x / (eps + norm(x) sqrt(numel(norm) / numel(x))).
+def magnitude(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Root mean square of x over `dims`, which stay as 1, plus eps: eps + norm(x) sqrt(numel(norm) / numel(x)).
 
     Args:
-        x: Any shape; the norm is taken in float32 (or float64 if x is), the result has x's dtype.
+        x: Any shape; the result is float32 (or float64 if x is).
         dims: Dimensions under one norm; by default all but the first, a weight's fan-in.
-            `(1,)` on a feature map is pixel norm (EDM2 eq. 30).
     """
     dims = tuple(range(1, x.ndim)) if dims is None else dims
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
-    norm = torch.add(NORM_EPS, norm, alpha=math.sqrt(norm.numel() / x.numel()))
-    return x / norm.to(x.dtype)
+    return torch.add(NORM_EPS, norm, alpha=math.sqrt(norm.numel() / x.numel()))
+
+
+def normalize(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Scale to unit root mean square (EDM2 eq. 47): x / magnitude(x, dims), in x's dtype.
+
+    With dims `(1,)` on a feature map it is pixel norm (EDM2 eq. 30).
+    """
+    return x / magnitude(x, dims).to(x.dtype)
 
 
 def mp_silu(x: torch.Tensor) -> torch.Tensor:
@@ -34,6 +40,11 @@ def mp_silu(x: torch.Tensor) -> torch.Tensor:
 def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     """Blend two tensors of equal shape, b with weight t in [0, 1] (EDM2 eq. 88)."""
     return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+
+
+def mp_sum_gains(t: float) -> tuple[float, float]:
+    """What `mp_sum` multiplies a and b by."""
+    return (1 - t) / math.hypot(1 - t, t), t / math.hypot(1 - t, t)
 
 
 def mp_cat(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
@@ -98,13 +109,18 @@ class MPConv(Folding):
 
     def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
         """[N, Cin, H, W] -> [N, Cout, H, W], or [N, Cin] -> [N, Cout] for a linear layer, in x's dtype."""
-        if self.training and self.forced:
-            with torch.no_grad():
-                self.weight.copy_(normalize(self.weight))
+        if self.training and not self.settled:
+            self.settle()
         w = self.weight_as(x.dtype, gain)
         if w.ndim == 2:
             return x @ w.t()
         return nn.functional.conv2d(x, w, padding=w.shape[-1] // 2, groups=self.groups)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Overwrite the stored weight by its normalized version."""
+        if self.forced:
+            self.weight.div_(magnitude(self.weight))
 
     def used_weight(self, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
         """What the input is multiplied with, float32."""

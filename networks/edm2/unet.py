@@ -5,13 +5,15 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.functional import silu
 
 from dnnlib.errors import choose
 from networks.dropout import Dropout
 from networks.edm2.branches import BRANCHES, LAYERS, MODULATE, SILU
 from networks.edm2.config import EDM2Config
-from networks.edm2.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
+from networks.edm2.magnitude import SILU_RMS, MPConv, MPFourier, mp_cat, mp_silu, mp_sum, mp_sum_gains, normalize
 from networks.interface import Interface
+from networks.layout import features_format
 
 LABEL_BALANCE = 0.5  # weight of the class in the embedding
 CONCAT_BALANCE = 0.5  # weight of the skip connection in a decoder block's input
@@ -101,26 +103,30 @@ class Block(nn.Module):
         y = self._residual(x, emb)
         if self.flavor == 'dec' and self.conv_skip is not None:
             x = self.conv_skip(x)
-        x = mp_sum(x, y, RESIDUAL_BALANCE)
+        x = torch.add(y, x, alpha=mp_sum_gains(RESIDUAL_BALANCE)[0])
         if self.attn_qkv is not None:
             y = cosine_attention(self.attn_qkv(x), self.channels_per_head)
-            x = mp_sum(x, self.attn_proj(y), ATTENTION_BALANCE)
+            gain_x, gain_y = mp_sum_gains(ATTENTION_BALANCE)
+            x = x * gain_x + self.attn_proj(y, gain=gain_y)  # in x's memory format
         return x.clip(-CLIP_ACTIVATIONS, CLIP_ACTIVATIONS)
 
     def _residual(self, y: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        modulated = False
-        for step in self.steps:
+        """The branch times its gain in the sum; that gain and MP-SiLU's constant are in the weights that follow."""
+        gain, modulated = 1.0, False
+        for i, step in enumerate(self.steps):
             if step == MODULATE:
                 scale = self.emb_linear(emb, gain=self.emb_gain) + 1
                 y = y * scale[:, :, None, None].to(y.dtype)
                 modulated = True
             elif step == SILU:
-                y = mp_silu(y)
+                y, gain = silu(y), 1 / SILU_RMS
                 if modulated:  # right after the SiLU that follows the modulation
                     y = self.dropout(y)
                     modulated = False
             else:
-                y = getattr(self, step)(y)
+                if i == len(self.steps) - 1:
+                    gain *= mp_sum_gains(RESIDUAL_BALANCE)[1]
+                y, gain = getattr(self, step)(y, gain=gain), 1.0
         return y
 
 
@@ -137,6 +143,9 @@ class UNet(nn.Module):
         levels = config.levels(interface)
         emb_channels = max(channels for _, _, channels in levels)
         self.label_dim = label_dim = interface.label_dim
+        self.depthwise = any(
+            LAYERS.get(step, ('',))[0] == 'depthwise' for step in BRANCHES[config.block].steps_of('dec')
+        )
         self.out_gain = nn.Parameter(torch.empty(()))
         self.emb_fourier = MPFourier(levels[0][2])
         self.emb_noise = MPConv(levels[0][2], emb_channels, kernel=0)
@@ -208,7 +217,7 @@ class UNet(nn.Module):
         assert augment is None
         emb = self.embed(c_noise, labels)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=features_format(x.device, self.depthwise, self.training))
         skips = []
         for layer in self.enc.values():
             x = layer(x) if isinstance(layer, MPConv) else layer(x, emb)

@@ -1,0 +1,252 @@
+"""EDM2+'s promise of speed, kept: the papers' formulation against what users get, side by side in one run.
+
+python -m benchmarks.speed
+python -m benchmarks.speed --device=cuda --precisions=fp32,bf16 --compile --json=speed.json
+python -m benchmarks.speed --networks=edm2-img64-s,edm2plus-img64-s,edm-imagenet64-adm,sid2-img64-small
+
+As the formulation, weights are normalized in every call, MP-SiLU and MP-sums are computed as they are written, features
+are channels-first, nothing is compiled. Users get what `generate.py` and `train.py` do. Ratios are medians over rounds
+in which all cases are measured in turn, each to the reference as the formulation in float32 of the same round.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import torch
+
+from networks.complexity import complexity
+from networks.denoiser import Denoiser
+from networks.edm2 import unet
+from networks.edm2.magnitude import SILU_RMS, MPConv, mp_silu, normalize
+from sampling.portions import Execution, evaluating
+from torch_utils import distributed
+from training.inputs import training_inputs
+from training.monitor.timing import PhaseTimer
+from training.presets.table import get_preset
+
+REFERENCE = 'edm2-img64-s'
+TABLE4 = {'latency': 0.998 / 2.069, 'throughput': 1 / 1.3, 'memory': 0.87}  # EDM2+ to EDM2; the first on a CPU
+
+
+def as_written(layer: MPConv, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """EDM2's algorithm 1; constants that we fold into the weight multiply the output, and MP-SiLU's is in MP-SiLU."""
+    if layer.training:
+        with torch.no_grad():
+            layer.weight.copy_(normalize(layer.weight))
+    factor = 1.0
+    if not isinstance(gain, torch.Tensor):
+        factor, gain = gain * (SILU_RMS if gain > 0.5 and gain != 1 else 1), 1.0  # 0.39, the attention's, has none
+    w = (normalize(layer.weight) * (gain / math.sqrt(layer.weight[0].numel()))).to(x.dtype)
+    y = x @ w.t() if w.ndim == 2 else torch.nn.functional.conv2d(x, w, padding=w.shape[-1] // 2, groups=layer.groups)
+    return y if math.isclose(factor, 1) else y * factor
+
+
+@contextlib.contextmanager
+def formulation() -> Iterator[None]:
+    """Let networks of EDM2's kind be what the papers write."""
+    mine = {
+        (MPConv, 'forward'): as_written,
+        (MPConv, 'settle'): lambda layer: None,
+        (unet, 'silu'): mp_silu,
+        (unet, 'features_format'): lambda *_: torch.contiguous_format,
+    }
+    ours = {key: getattr(*key) for key in mine}
+    try:
+        for key, value in mine.items():
+            setattr(*key, value)
+        yield
+    finally:
+        for key, value in ours.items():
+            setattr(*key, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row to be: what is measured, of which network, and the call that does it once for `batch` images."""
+
+    what: str
+    network: str
+    how: str
+    precision: str
+    compiled: bool
+    batch: int
+    call: Callable[[], object]
+
+    def seconds(self, device: torch.device) -> float:
+        """Of one call."""
+        _wait(device)
+        start = time.perf_counter()
+        with formulation() if self.how == 'formulation' else contextlib.nullcontext():
+            self.call()
+            _wait(device)
+        return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    """Standard normal."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def network_of(preset: str, precision: str, device: torch.device) -> Denoiser:
+    """Of a preset, with gains at which no part is silent."""
+    net = Denoiser(get_preset(preset).network, precision=precision).eval().requires_grad_(False).to(device)
+    for name, p in net.named_parameters():
+        if name.endswith('_gain'):
+            torch.nn.init.ones_(p)
+    return net
+
+
+def one_evaluation(
+    net: Denoiser, batch: int, execution: Execution, stack: contextlib.ExitStack
+) -> Callable[[], object]:
+    """As the sampling pipeline does it, weights folded; `stack` ends that."""
+    (portions,) = stack.enter_context(evaluating([net], batch, execution))
+    x = noise(batch, *net.config.image_shape).to(net.device)
+    labels = torch.eye(net.config.label_dim, device=net.device)[[0] * batch] if net.config.label_dim else None
+    sigma = torch.tensor(1.0, device=net.device)
+    return lambda: portions(x, sigma, labels)
+
+
+def one_step(preset: str, precision: str, batch: int, compiled: bool, device: torch.device) -> Callable[[], object]:
+    """A training step of random images, optimizer included; augmentation and averages are left out."""
+    config = get_preset(preset)
+    config = dataclasses.replace(config, batch=batch, precision=precision, compile=compiled, augment=None)
+    method, timer = config.method.build(config, device), PhaseTimer(device)
+    channels, *side = config.network.image_shape
+    stored = (noise(batch, channels, *side) * 50 + 128).clip(0, 255).byte()
+    inputs = training_inputs(stored, torch.zeros(batch, dtype=torch.int64), range(batch), config, device)
+    return lambda: method.step(iter([inputs]), 0, timer)
+
+
+def cases_of(preset: str, precision: str, compiled: bool, batches: tuple[int, int], device, stack) -> Iterator[Case]:
+    """Evaluations of one image and of many, of one network."""
+    net = network_of(preset, precision, device)
+    for what, batch in zip(('latency', 'throughput'), (1, batches[0]), strict=True):
+        call = one_evaluation(net, batch, Execution(compiled=compiled), stack)
+        yield Case(what, preset, 'users', precision, compiled, batch, call)
+        if not compiled and isinstance(net.unet, unet.UNet):
+            x = noise(batch, *net.config.image_shape).to(device)
+            sigma = torch.ones(batch, device=device)
+            call = torch.inference_mode()(lambda x=x, sigma=sigma: net(x, sigma))
+            yield Case(what, preset, 'formulation', precision, False, batch, call)
+
+
+def training_cases(preset: str, precision: str, compiled: bool, batches: tuple[int, int], device, _) -> Iterator[Case]:
+    """Training steps of one network."""
+    step = one_step(preset, precision, batches[1], compiled, device)
+    yield Case('train', preset, 'users', precision, compiled, batches[1], step)
+    if not compiled and preset.startswith('edm2'):
+        yield Case('train', preset, 'formulation', precision, False, batches[1], step)
+
+
+def measure(cases: list[Case], reference: str, rounds: int, device: torch.device) -> list[dict]:
+    """Rows: medians of seconds, and of ratios to the reference as the formulation."""
+    base = next((c for c in cases if (c.network, c.how, c.precision) == (reference, 'formulation', 'fp32')), None)
+    times = {id(case): [] for case in cases}
+    memory = {}
+    for round_ in range(rounds + 1):  # the first one warms up
+        for case in cases:
+            if device.type == 'cuda':
+                torch.cuda.reset_peak_memory_stats(device)
+            seconds = case.seconds(device)
+            times[id(case)] += [seconds] * (round_ > 0)
+            if device.type == 'cuda':
+                memory[id(case)] = torch.cuda.max_memory_allocated(device)
+    rows = []
+    for case in cases:
+        about = {'what': case.what, 'network': case.network, 'as': case.how, 'precision': case.precision}
+        about |= {'compiled': case.compiled, 'batch': case.batch}
+        pairs = zip(times[id(case)], times[id(base)] if base else [math.nan] * rounds, strict=True)
+        ratio = statistics.median(a / b for a, b in pairs)
+        rows.append({**about, 'seconds': statistics.median(times[id(case)]), 'ratio': ratio if base else None})
+        if case.what == 'throughput' and memory:
+            used, whole = memory[id(case)], memory[id(base)] if base else None
+            rows.append({**about, 'what': 'memory', 'seconds': None, 'bytes': used, 'ratio': whole and used / whole})
+    return rows
+
+
+def gemm(device: torch.device, side: int = 1024) -> float:
+    """Multiply-accumulates of this machine in float32, per second."""
+    a, times = noise(side, side).to(device), []
+    for _ in range(10):
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(a, a)
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return side**3 / statistics.median(times)
+
+
+def show(rows: list[dict], limits: dict[str, float]) -> None:
+    """Print them, per image, with the limit by matrix products and what the paper's table 4 has."""
+    print(
+        '| what | network | as | precision | compiled | batch | ms per image | ratio | times the GEMM limit | paper |'
+    )
+    print('|---|---|---|---|---|---:|---:|---:|---:|---:|')
+    for row in rows:
+        each = row['seconds'] / row['batch'] if row['seconds'] else math.nan
+        limit = limits[row['network']] * (3 if row['what'] == 'train' else 1)
+        paper = TABLE4.get(row['what'], math.nan) if 'plus' in row['network'] else math.nan
+        cells = [
+            row['what'],
+            row['network'],
+            row['as'],
+            row['precision'],
+            'yes' if row['compiled'] else '',
+            row['batch'],
+        ]
+        numbers = f'{1e3 * each:.1f} | {row["ratio"] or math.nan:.3f} | {each / limit:.2f} | {paper:.2f}'
+        print('| ' + ' | '.join(map(str, cells)) + f' | {numbers} |'.replace('nan', ''))
+
+
+@click.command()
+@click.option('--networks', default=f'{REFERENCE},edm2plus-img64-s', show_default=True, help='Presets.')
+@click.option('--precisions', default='fp32', show_default=True, help='Such as fp32,bf16.')
+@click.option('--compile', 'compiling', is_flag=True, help='Measure compiled networks, too (minutes).')
+@click.option('--what', default='latency,throughput,train', show_default=True, help='Kinds of rows.')
+@click.option('--batches', default='8,4', show_default=True, help='Images at a time: sampling, training.')
+@click.option('--rounds', default=5, show_default=True, type=click.IntRange(min=1))
+@click.option('--reference', default=REFERENCE, show_default=True, help='Preset that ratios refer to.')
+@click.option('--device', help='cpu or cuda; by default the GPU where there is one.')
+@click.option('--json', 'dest', type=click.Path(path_type=Path), help='Write the rows to this file.')
+def main(networks, precisions, compiling, what, batches, rounds, reference, device, dest):
+    """Measure, print, write."""
+    batches = tuple(map(int, batches.split(',')))
+    with distributed.session(device) as place:
+        print(f'{place}, torch {torch.__version__}, {torch.get_num_threads()} threads\n')
+        rows = []
+        variants = [
+            (name, precision, compiled)
+            for name in networks.split(',')
+            for precision in precisions.split(',')
+            for compiled in ((False, True) if compiling else (False,))
+        ]
+        for make, kinds in ((cases_of, ('latency', 'throughput')), (training_cases, ('train',))):
+            if not set(kinds) & set(what.split(',')):
+                continue
+            with contextlib.ExitStack() as stack:
+                cases = [case for variant in variants for case in make(*variant, batches, place, stack)
+                         if case.what in what.split(',')]  # fmt: skip
+                for kind in dict.fromkeys(case.what for case in cases):
+                    rows += measure([case for case in cases if case.what == kind], reference, rounds, place)
+        rate = gemm(place)
+        costs = {name: complexity(get_preset(name).network).operations for name in networks.split(',')}
+    show(rows, {name: cost / rate for name, cost in costs.items()})
+    if dest:
+        dest.write_text(json.dumps(rows, indent=1) + '\n', encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,83 @@
+"""What makes it fast changes nothing: the papers' formulation, layouts, weights settled once a step; the benchmark."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import speed
+from networks.edm2 import unet
+from networks.edm2.branches import BRANCHES
+from networks.edm2.magnitude import MPConv
+from networks.folding import settled
+from networks.layout import features_format
+from tests.test_networks import golden_inputs, golden_net
+
+
+@pytest.mark.parametrize('name', BRANCHES)
+def test_folded_constants_are_the_papers_formulas(name):
+    """Some ten roundings of float32, 6e-8 each, further on relative to the largest value."""
+    net, inputs = golden_net(name).eval(), golden_inputs()
+    with torch.no_grad():
+        ours = net(*inputs)
+        with speed.formulation():
+            theirs = net(*inputs)
+    assert 0 < (ours - theirs).abs().max() < 1e-6 * theirs.abs().max() * 5
+
+
+@pytest.mark.parametrize('name', ['A', 'G*'])
+def test_layouts_and_settled_weights_give_the_same_gradients(name, monkeypatch):
+    inputs, found, forced = golden_inputs(), {}, []
+    settle = MPConv.settle
+    monkeypatch.setattr(MPConv, 'settle', lambda layer: forced.append(layer) or settle(layer))
+    for layout in (torch.channels_last, torch.contiguous_format):
+        monkeypatch.setattr(unet, 'features_format', lambda *_, layout=layout: layout)
+        for once in (False, True):
+            net = golden_net(name).train()
+            seen = []
+            for part in (*net.unet.enc.values(), *net.unet.dec.values()):
+                part.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
+            forced.clear()
+            if once:
+                with settled(net):
+                    for _ in range(2):  # micro-batches
+                        net(*inputs).square().mean().backward()
+                assert len(forced) == len(set(forced)) > 30
+            else:
+                for _ in range(2):
+                    net(*inputs).square().mean().backward()
+                assert len(forced) > len(set(forced))
+            assert all(out.is_contiguous(memory_format=layout) for out in seen)
+            found[layout, once] = [p.grad for p in net.parameters() if p.grad is not None]
+    first = found.pop((torch.channels_last, False))
+    scale = max(g.norm() for g in first)
+    for gradients in found.values():
+        for a, b in zip(gradients, first, strict=True):
+            assert (a - b).norm() < 3e-5 * scale  # thirty layers' roundings; was 1.1e-5
+
+
+def test_layouts_as_measured(monkeypatch):
+    cpu, gpu, last, first = torch.device('cpu'), torch.device('cuda'), torch.channels_last, torch.contiguous_format
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda amx=amx: amx, raising=False)
+        assert features_format(cpu, depthwise=False, training=True) == (last if amx else first)
+        assert {
+            features_format(gpu, False, True),
+            features_format(cpu, True, True),
+            features_format(cpu, False, False),
+        } == {last}
+    monkeypatch.delattr(torch.cpu, '_is_amx_tile_supported')
+    assert features_format(cpu, depthwise=False, training=True) == first
+
+
+def test_benchmark(tmp_path):
+    words = ['--networks=edm2plus-digits,sid2-digits', '--reference=edm2plus-digits', '--batches=2,2', '--rounds=1']
+    result = CliRunner().invoke(speed.main, [*words, f'--json={tmp_path}/speed.json', '--device=cpu'])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / 'speed.json').read_text())
+    names = ('what', 'network', 'as', 'precision', 'compiled', 'batch', 'seconds', 'ratio')
+    assert len(rows) == 9 and all(set(row) == set(names) for row in rows)
+    assert [row['ratio'] for row in rows if row['as'] == 'formulation'] == [1, 1, 1]
+    assert {row['what'] for row in rows} == {'latency', 'throughput', 'train'}
+    assert all(row['seconds'] > 0 for row in rows) and '| latency | edm2plus-digits | users |' in result.output
