@@ -9,7 +9,7 @@ from torch._dynamo import config as dynamo_config
 from networks.denoiser import Denoiser
 from networks.edm2.branches import BRANCHES
 from networks.edm2.magnitude import normalize
-from networks.edm2.unet import Block
+from networks.edm2.unet import Block, cosine_attention
 from tests.helpers import edm2_network, needs_compiler
 from tests.test_networks import golden_inputs, golden_net
 
@@ -77,7 +77,7 @@ def test_attention_is_the_written_formula(tiny_config):
     q, k, v = normalize(qkv, dims=(2,)).unbind(3)  # [N, heads, d, H W]
     weights = torch.einsum('nhdq,nhdk->nhqk', q, k / math.sqrt(c // heads)).softmax(dim=3)
     y = torch.einsum('nhqk,nhdk->nhdq', weights, v).reshape(n, c, h, w)
-    torch.testing.assert_close(block._attention(x), block.attn_proj(y), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(cosine_attention(block.attn_qkv(x), c // heads), y, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize('name', BRANCHES)
