@@ -11,25 +11,19 @@ NORM_EPS = 1e-4  # keeps normalize() defined at zero
 SILU_RMS = 0.596  # root mean square of silu(x) for x ~ N(0, 1), as EDM2 rounds it
 
 
-def magnitude(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Root mean square of x over `dims`, which stay as 1, plus eps: eps + norm(x) sqrt(numel(norm) / numel(x)).
+def normalize(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Scale to unit root mean square over `dims` (EDM2 eq. 47): x / (eps + norm(x) sqrt(numel(norm) / numel(x))).
 
     Args:
-        x: Any shape; the result is float32 (or float64 if x is).
+        x: Any shape; the norm is taken in float32 (or float64 if x is), the result has x's dtype.
         dims: Dimensions under one norm; by default all but the first, a weight's fan-in.
+            `(1,)` on a feature map is pixel norm (EDM2 eq. 30).
     """
     dims = tuple(range(1, x.ndim)) if dims is None else dims
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
-    return torch.add(NORM_EPS, norm, alpha=math.sqrt(norm.numel() / x.numel()))
-
-
-def normalize(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Scale to unit root mean square (EDM2 eq. 47): x / magnitude(x, dims), in x's dtype.
-
-    With dims `(1,)` on a feature map it is pixel norm (EDM2 eq. 30).
-    """
-    return x / magnitude(x, dims).to(x.dtype)
+    norm = torch.add(NORM_EPS, norm, alpha=math.sqrt(norm.numel() / x.numel()))
+    return x / norm.to(x.dtype)
 
 
 def mp_silu(x: torch.Tensor) -> torch.Tensor:
@@ -116,11 +110,11 @@ class MPConv(Folding):
             return x @ w.t()
         return nn.functional.conv2d(x, w, padding=w.shape[-1] // 2, groups=self.groups)
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Overwrite the stored weight by its normalized version."""
         if self.forced:
-            self.weight.div_(magnitude(self.weight))
+            with torch.no_grad():
+                self.weight.copy_(normalize(self.weight))  # compiled, div_ would be part of the gradient
 
     def used_weight(self, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
         """What the input is multiplied with, float32."""
