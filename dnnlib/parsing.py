@@ -6,6 +6,8 @@ from dnnlib.errors import UserError
 
 UNITS = {'': 1, 'k': 10**3, 'M': 10**6, 'G': 10**9, 'Ki': 2**10, 'Mi': 2**20, 'Gi': 2**30}
 
+MOST_BETWEEN = 10_000  # numbers that `...` may stand for
+
 
 def parse_int_list(text: str) -> list[int]:
     """Parse `1,2,5-10` into [1, 2, 5, 6, 7, 8, 9, 10]; order and repeats are kept."""
@@ -45,7 +47,7 @@ def _between(parts: list[str], dots: int, text: str) -> list[float]:
     before, start, end = (_float(parts[dots + k], text) for k in (-2, -1, 1))
     step = start - before
     count = (end - start) / step if step else 0
-    if round(count) < 1 or abs(count - round(count)) > 1e-6:
+    if not 0.5 < count < MOST_BETWEEN or abs(count - round(count)) > 1e-6:
         raise UserError(f'{end:g} in {text!r} is not reached from {start:g} in steps of {step:g}')
     return [round(start + k * step, 12) for k in range(1, round(count))]
 

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,7 +15,7 @@ from dnnlib.files import open_regular
 
 # What Python and NumPy raise for damaged files; RuntimeError includes what is nested too deeply or not implemented.
 DAMAGED = (ValueError, KeyError, TypeError, EOFError, OverflowError, MemoryError, RuntimeError, OSError,
-           struct.error, zipfile.BadZipFile, zlib.error)  # fmt: skip
+           struct.error, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # fmt: skip
 
 
 class NpzImages:
