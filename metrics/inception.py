@@ -64,11 +64,6 @@ def average_pool(x: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-def max_pool(x: torch.Tensor) -> torch.Tensor:
-    """3x3 maxima at stride 1."""
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
 class BlockA(nn.Module):
     """35x35: 1x1, 5x5, two 3x3, pool -> 64 + 64 + 96 + pool_features channels."""
 
@@ -191,7 +186,7 @@ class InceptionV3(nn.Module):
         self.Mixed_6e = BlockC(768, 192)
         self.Mixed_7a = BlockD(768)  # 8
         self.Mixed_7b = BlockE(1280, average_pool)
-        self.Mixed_7c = BlockE(2048, max_pool)
+        self.Mixed_7c = BlockE(2048, nn.MaxPool2d(3, stride=1, padding=1))
         self.fc = nn.Linear(FEATURES, CLASSES)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
