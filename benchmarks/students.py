@@ -54,7 +54,7 @@ def draw(curves: dict[str, list[tuple[int, ...]]], picture: str) -> None:
         axis.set(xscale='log', xlabel='evaluations', ylabel=metric, xticks=STEPS, xticklabels=STEPS)
         axis.minorticks_off()
     axes[0].set_yscale('log')
-    axes[0].legend(fontsize='small')
+    axes[1].legend(fontsize='small')
     figure.savefig(picture, dpi=100)
 
 
