@@ -25,7 +25,7 @@ from networks.published.models import resolve_model
 from sampling.networks import load_networks
 from sampling.options import (
     execution_options,
-    note_compiling,
+    note_execution,
     parse_classes,
     sampler_config,
     sampler_options,
@@ -186,7 +186,7 @@ def gen(config, execution, net_path, preset, gnet_path, seeds, repeats, classes,
         encoder, name = load_encoder(info.encoder, place, vae), Path(net_path).name
         ways = [Generation(run, sampler, encoder, guiding_net, classes, name, execution) for run in runs]
         config.check(ways[0].describe(net.config))
-        note_compiling(execution, len(seeds) * repeats)
+        note_execution(execution, len(seeds) * repeats, precision, place)
         evaluator = Evaluator(config, place)
         evaluator.prepare(ways[0].describe(net.config))
         check_outputs(json, record)

@@ -22,7 +22,7 @@ from sampling.config import SamplerConfig
 from sampling.networks import load_networks
 from sampling.options import (
     execution_options,
-    note_compiling,
+    note_execution,
     parse_classes,
     sampler_config,
     sampler_options,
@@ -113,7 +113,7 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
             return
         missing = missing_seeds(folder, seeds, job.record['subdirs']) if skip_existing else seeds
         distributed.barrier()  # all ranks have looked before any writes
-        note_compiling(job.execution, len(missing))
+        note_execution(job.execution, len(missing), job.record['precision'], device)
         write_images(folder, missing, job)
         distributed.barrier()
         if distributed.rank() == 0:

@@ -20,7 +20,7 @@ from evaluation.records import format_int_list
 from evaluation.sweep import Sweep, plot_sweep
 from networks.encoders import load_encoder
 from networks.files import load_network
-from sampling.options import execution_options, note_compiling, sampler_config, sampler_options, take_sampler_flags
+from sampling.options import execution_options, note_execution, sampler_config, sampler_options, take_sampler_flags
 from torch_utils import distributed
 from torch_utils.tensor_files import library_versions
 
@@ -79,7 +79,7 @@ def main(execution, indir, outdir, outstd, outnimg, seeds, gnet_path, guidance, 
         encoder = load_encoder(snapshots[0].info.encoder, chosen, vae)
         guiding_net = load_network(gnet_path, chosen, precision)[0] if gnet_path else None
         how = Generation(seeds, sampler, encoder, guiding_net, execution=execution)
-        note_compiling(execution, len(seeds))
+        note_execution(execution, len(seeds), precision, chosen)
         evaluator = Evaluator(config, chosen)
         evaluator.prepare(how.describe(snapshots[0].info.config))
         if distributed.rank() == 0:

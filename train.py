@@ -74,6 +74,7 @@ main_group, recipe, execution, output = (
 @recipe('--ema', 'ema_stds', type=cli.FLOATS, help='EMA lengths to track, such as 0.05,0.10.')
 @recipe('--ema-halflife', type=cli.NIMG, help='Track a traditional EMA too, of this half-life.')
 @recipe('--ema-rampup', type=float, metavar='SHARE', help='Of the training so far: its half-life at most.')
+@recipe('--ema-every', type=int, metavar='STEPS', help='Update the averages every so many steps.')
 @recipe('--held-out', type=float, metavar='SHARE', help='Of the data, to evaluate at snapshots instead of training on.')
 @recipe('--clip', type=float, metavar='NORM', help='Largest norm of a gradient.')
 @recipe('--label-dropout', type=float, metavar='SHARE', help='Of the images: their class is withheld.')

@@ -1,5 +1,7 @@
 """The denoiser D(x; sigma): a preconditioned architecture of any family (EDM eq. 7)."""
 
+import platform
+
 import torch
 from torch import nn
 
@@ -9,6 +11,13 @@ from networks.config import NetworkConfig
 from networks.families import ARCHITECTURES, FAMILIES
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
+
+def is_emulated(precision: str, device: torch.device) -> bool:
+    """Whether an x86 CPU has no units for such features, and takes many times as long as for float32."""
+    probes = [getattr(torch.cpu, name, None) for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')]
+    known = device.type == 'cpu' and platform.machine() in ('x86_64', 'AMD64') and None not in probes
+    return known and precision == 'bf16' and not any(probe() for probe in probes)
 
 
 class Denoiser(nn.Module):

@@ -1,10 +1,13 @@
 """Guidance as a wrapper: denoisers in, denoiser out."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from sampling.samplers import Denoise
+
+Both = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Guided:
@@ -15,14 +18,14 @@ class Guided:
 
     Args:
         denoise: D, the main denoiser.
-        weaker: D_weaker, the guiding one.
+        both: (x, sigma) -> D and D_weaker, that of the guiding one.
         weight: w; 1 gives D.
         interval: (low, high] of sigma.
     """
 
-    def __init__(self, denoise: Denoise, weaker: Denoise, weight: float, interval: tuple[float, float]):
+    def __init__(self, denoise: Denoise, both: Both, weight: float, interval: tuple[float, float]):
         self.denoise = denoise
-        self.weaker = weaker
+        self.both = both
         self.weight = weight
         self.interval = interval
 
@@ -37,8 +40,8 @@ class Guided:
 
     def _extrapolate(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         # Not lerp: what it rounds depends on where in a batch an image stands.
-        weaker = self.weaker(x, sigma)
-        return weaker + self.weight * (self.denoise(x, sigma) - weaker)
+        D, weaker = self.both(x, sigma)
+        return weaker + self.weight * (D - weaker)
 
 
 def guide(denoise: Denoise, weaker: Denoise, weight: float, interval: tuple[float, float] = (0.0, math.inf)) -> Denoise:
@@ -47,4 +50,9 @@ def guide(denoise: Denoise, weaker: Denoise, weight: float, interval: tuple[floa
     D_weaker + weight (D - D_weaker) for sigma in (interval[0], interval[1]], elsewhere D. With weight 1 it is `denoise`
     itself, and `weaker` is never evaluated.
     """
-    return denoise if weight == 1 else Guided(denoise, weaker, weight, interval)
+    return guide_both(denoise, lambda x, sigma: (denoise(x, sigma), weaker(x, sigma)), weight, interval)
+
+
+def guide_both(denoise: Denoise, both: Both, weight: float, interval: tuple[float, float] = (0.0, math.inf)) -> Denoise:
+    """`guide`, where one call can give D and D_weaker."""
+    return denoise if weight == 1 else Guided(denoise, both, weight, interval)

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+import torch
 
 from diffusion.schedules import DISCRETIZATIONS
 from dnnlib import cli
 from dnnlib.configs import replaced, tag_of
 from dnnlib.errors import UserError, quoted, unknown_choice
 from dnnlib.parsing import parse_int_list
+from networks.denoiser import is_emulated
 from sampling.config import SamplerConfig
 from sampling.portions import Execution
 from sampling.table import SAMPLERS
@@ -74,8 +76,10 @@ def execution_options(command: Callable) -> Callable:
     return run
 
 
-def note_compiling(execution: Execution, images: int) -> None:
-    """Say, on rank 0, where compiling will hardly pay."""
+def note_execution(execution: Execution, images: int, precision: str, device: torch.device) -> None:
+    """Say, on rank 0, where compiling will hardly pay, and where a precision is slow."""
+    if is_emulated(precision, device) and distributed.rank() == 0:
+        click.echo('this CPU emulates bf16, which is very slow: --precision=fp32 is faster', err=True)
     if execution.compiled and images < WORTH_COMPILING * distributed.world_size() and distributed.rank() == 0:
         click.echo(f'--compile takes minutes, and saves a part of each image: {images} are few for it', err=True)
 

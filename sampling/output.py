@@ -30,6 +30,7 @@ PACKED = 'images.npz'
 SETTINGS = ('net', 'guiding_net', 'sampler', 'classes', 'precision', 'encoder', 'subdirs')  # what decides over images
 LEFT_BEHIND = ('.*.png.*.tmp', f'.{PACKED}.*.tmp', f'.{RECORD}.*.tmp')  # by a process that was killed while it wrote
 PENDING = 2  # batches that may wait for being written
+WRITERS = 4  # threads that write images: compressing one does not hold up the others
 
 
 def image_name(seed: int, subdirs: bool) -> str:
@@ -134,7 +135,7 @@ def missing_seeds(folder: Path, seeds: Iterable[int], subdirs: bool) -> list[int
 
 
 class ImageWriter:
-    """Decodes and writes samples in a thread of its own, while the next ones are sampled.
+    """Decodes samples in a thread of its own and writes them in several, while the next ones are sampled.
 
     After an error nothing more is written; `put` and leaving the `with` block raise it.
 
@@ -148,7 +149,8 @@ class ImageWriter:
         self.folder = folder
         self.subdirs = subdirs
         self.encoder = encoder
-        self._thread = ThreadPoolExecutor(1, 'writing')
+        self._thread = ThreadPoolExecutor(1, 'decoding')
+        self._writers = ThreadPoolExecutor(WRITERS, 'writing')
         self._pending: list[Future] = []
         self._failed = False
         self._threads = torch.get_num_threads()
@@ -164,8 +166,8 @@ class ImageWriter:
             return
         try:
             images = decode(samples.x, self.encoder)
-            for seed, image in zip(samples.seeds, images, strict=True):
-                self._save(self.folder / image_name(seed, self.subdirs), image.permute(1, 2, 0).numpy())
+            paths = [self.folder / image_name(seed, self.subdirs) for seed in samples.seeds]
+            list(self._writers.map(self._save, paths, images.permute(0, 2, 3, 1).numpy()))
         except BaseException:
             self._failed = True
             raise
@@ -182,6 +184,7 @@ class ImageWriter:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=kind is not None)
+        self._writers.shutdown()
         torch.set_num_threads(self._threads)  # `decode`'s setting, made in our thread, holds for all threads to come
         if kind is None:
             for future in self._pending:

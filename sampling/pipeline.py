@@ -11,7 +11,7 @@ from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.encoders import Encoder, PixelEncoder
 from sampling.config import SamplerConfig
-from sampling.guidance import guide
+from sampling.guidance import guide, guide_both
 from sampling.portions import EAGER, Execution, Portions, evaluating
 from sampling.samplers import Denoise, Observe
 from torch_utils.threads import one_thread
@@ -214,9 +214,15 @@ def _guided(portions: list[Portions], one_hot: torch.Tensor | None, config: Samp
     """The denoiser of a batch."""
     main, *guides = portions
     denoise = functools.partial(main, labels=one_hot)
-    if guides:
-        labels = None if guides[0].net is main.net or not guides[0].net.config.label_dim else one_hot
-        weaker = functools.partial(guides[0], labels=labels)
+    if guides and guides[0].net is main.net:  # one batch of twice the size, without labels in its second half
+        labels = torch.cat([one_hot, torch.zeros_like(one_hot)])
+
+        def both(x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return guides[0](torch.cat([x, x]), sigma, labels).chunk(2)
+
+        denoise = guide_both(denoise, both, config.guidance, config.guidance_interval)
+    elif guides:
+        weaker = functools.partial(guides[0], labels=one_hot if guides[0].net.config.label_dim else None)
         denoise = guide(denoise, weaker, config.guidance, config.guidance_interval)
     denoise.round = main.net.config.preconditioning.round
     return denoise

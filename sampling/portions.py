@@ -101,13 +101,15 @@ def evaluating(nets: list[Denoiser], batch_size: int, execution: Execution = EAG
     """Give networks, all on one device, as sampling evaluates them: their weights computed once.
 
     Args:
-        nets: Networks in evaluation mode, whose parameters do not change meanwhile.
+        nets: Networks in evaluation mode, whose parameters do not change meanwhile. One that follows itself is given
+            batches of twice the size.
         batch_size: What a GPU evaluates at a time: always as many, so that it chooses (and compiles) its kernels once.
         execution: How.
     """
     with folded(nets):
         if not nets or nets[0].device.type != 'cpu':
-            yield [Portions(net, batch_size, None, execution.compiled) for net in nets]
+            sizes = [batch_size * (1 + any(net is other for other in nets[:i])) for i, net in enumerate(nets)]
+            yield [Portions(net, size, None, execution.compiled) for net, size in zip(nets, sizes, strict=True)]
             return
         sizes = [portion_size(net.config) for net in nets]
         if max(sizes) == 1 and not execution.exact:

@@ -75,6 +75,15 @@ def test_sampling_computes_weights_once(tiny_config, computed):
     assert each <= len(computed) <= each * torch.get_num_threads()  # threads that begin at once may all compute it
 
 
+def test_a_network_guides_itself_in_one_call(tiny_config):
+    net, seen = busy(tiny_config), []
+    net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    options = {'sampler': {'sampler': Euler(), 'steps': 2, 'guidance': 2.0}, 'guiding_net': net}
+    few, many = images_of(net, range(8), **options), images_of(net, range(9), **options)
+    assert seen == [16] * 2 + [16] * 4  # as many as a portion holds, twice 8; then 18 need two
+    assert all(torch.equal(few[seed], many[seed]) for seed in range(8))
+
+
 @pytest.mark.parametrize('guided', [False, True])
 @pytest.mark.parametrize('threads', [1, 2])
 def test_all_threads_on_one_image_at_a_time(tiny_config, monkeypatch, threads, guided):

@@ -1,18 +1,27 @@
 """What makes it fast changes nothing: the papers' formulation, layouts, weights settled once a step; the benchmark."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from benchmarks import speed
+from dnnlib.errors import UserError
+from ema.power import ema_beta
+from networks import denoiser
 from networks.edm2 import unet
 from networks.edm2.branches import BRANCHES
 from networks.edm2.magnitude import MPConv
 from networks.folding import settled
 from networks.layout import features_format
+from sampling.options import note_execution
+from sampling.portions import EAGER
 from tests.test_networks import golden_inputs, golden_net
+from training.config import Averages
+from training.presets.table import get_preset
+from training.state import TrainState
 
 
 @pytest.mark.parametrize('name', BRANCHES)
@@ -69,6 +78,44 @@ def test_layouts_as_measured(monkeypatch):
         } == {last}
     monkeypatch.delattr(torch.cpu, '_is_amx_tile_supported')
     assert features_format(cpu, depthwise=False, training=True) == first
+
+
+def test_emulated_precisions(monkeypatch, capsys):
+    cpu = torch.device('cpu')
+    monkeypatch.setattr(denoiser.platform, 'machine', lambda: 'x86_64')
+    for units in ((False, False), (True, False), (False, True)):
+        for name, there in zip(('_is_avx512_bf16_supported', '_is_amx_tile_supported'), units, strict=True):
+            monkeypatch.setattr(torch.cpu, name, lambda there=there: there, raising=False)
+        assert denoiser.is_emulated('bf16', cpu) == (not any(units))
+        assert not denoiser.is_emulated('fp32', cpu) and not denoiser.is_emulated('bf16', torch.device('cuda'))
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
+    note_execution(EAGER, 1, 'bf16', cpu)
+    assert 'emulates bf16' in capsys.readouterr().err
+    monkeypatch.delattr(torch.cpu, '_is_amx_tile_supported')
+    assert not denoiser.is_emulated('bf16', cpu)  # nobody knows
+
+
+def test_averages_every_few_steps(tiny_config):
+    """Updates at every second step give what eq. 127 says of weights that change at every second step."""
+    preset = get_preset('edm2plus-digits')
+    config = replace(preset, network=tiny_config, ema_every=2, ema=Averages((0.1,), halflife=4096, rampup=0))
+    state, b = TrainState(config, torch.device('cpu')), config.batch
+    expected = halved = 0.0
+    halved = state.net.unet.out_gain.item()
+    for step in range(1, 7):
+        state.nimg = step * b
+        torch.nn.init.constant_(state.net.unet.out_gain, step)
+        state.update_averages()
+        if step % 2 == 0:
+            expected += (step - expected) * (1 - ema_beta(0.1, step, 2))
+            halved += (step - halved) * (1 - 0.5 ** (2 * b / 4096))
+        if step > 1:
+            assert state.ema.averages[0.1]['unet.out_gain'].item() == pytest.approx(expected, rel=1e-5)
+            assert state.traditional.average['unet.out_gain'].item() == pytest.approx(halved, rel=1e-5)
+    for changes in ({'ema_every': 0}, {'ema_every': 3, 'snapshot': 4 * b}):
+        with pytest.raises(UserError, match='ema_every'):
+            replace(preset, **changes).check()
 
 
 def test_benchmark(tmp_path):

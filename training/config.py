@@ -82,6 +82,7 @@ class TrainConfig:
         batch: Images in a step, over all ranks and accumulation rounds.
         method: What is minimized and how, see `training.methods.table`.
         ema: Averages of the weights.
+        ema_every: Steps from one update of the averages to the next.
         augment: How images are augmented, see `dataset.augment`; None for not at all.
         label_dropout: Share of the images whose class is withheld, for guidance by the network itself.
         xflip: Whether every image is also there mirrored.
@@ -114,6 +115,7 @@ class TrainConfig:
     batch: int
     method: Any = tagged(METHODS, default=METHODS['denoising']())
     ema: Averages = Averages()
+    ema_every: int = 1
     augment: Any = tagged(AUGMENTS, default=None)
     label_dropout: float = 0.0
     xflip: bool = False
@@ -191,6 +193,10 @@ class TrainConfig:
             if interval is not None and (interval < self.batch or interval % self.batch):
                 near = _nearest_multiples(interval, self.batch)
                 found.append(f'{name} must be a multiple of the batch ({self.batch} images), not {interval} ({near})')
+        if self.ema_every < 1:
+            found.append(f'ema_every must be at least 1, not {self.ema_every}')
+        elif self.ema_every > 1 and any(n % (self.ema_every * self.batch) for n in (self.snapshot, self.duration)):
+            found.append(f'snapshot and duration must be multiples of ema_every = {self.ema_every} steps')
         for name in ('snapshot', 'checkpoint'):
             if getattr(self, name) < KIMG:
                 found.append(f'{name} must be at least {KIMG} images, for its files are named by thousands')

@@ -43,7 +43,9 @@ class Optimizer:
 
     def build(self, net: nn.Module) -> torch.optim.Adam:
         """The optimizer of a network; its learning rate is set at every step."""
-        return torch.optim.Adam(net.parameters(), 0.0, (self.beta1, self.beta2), self.eps, foreach=True)
+        parameters = list(net.parameters())
+        kind = {'fused': True} if parameters[0].device.type == 'cuda' else {'foreach': True}  # fused rounds otherwise
+        return torch.optim.Adam(parameters, 0.0, (self.beta1, self.beta2), self.eps, **kind)
 
     def problems(self) -> list[str]:
         """Everything that is wrong with it, in words."""

@@ -117,11 +117,14 @@ class TrainState:
         return nonfinite({name: t for name, t in self._tensors().items() if not name.startswith('stats/')})
 
     def update_averages(self) -> None:
-        """Average in the weights as they are after a step."""
+        """Average in the weights as they are after a step, every `config.ema_every` steps."""
+        delta = self.config.ema_every * self.config.batch
+        if self.nimg % delta:
+            return
         weights = self.net.state_dict()
-        self.ema.update(weights, self.nimg, self.config.batch)
+        self.ema.update(weights, self.nimg, delta)
         if self.traditional is not None:
-            self.traditional.update(weights, self.nimg, self.config.batch)
+            self.traditional.update(weights, self.nimg, delta)
 
     def _averages(self) -> dict[str, dict[str, torch.Tensor]]:
         """All averages, by the name they have in a state."""

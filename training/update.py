@@ -82,7 +82,9 @@ class Update:
         with warnings.catch_warnings():  # the argument has another name from torch 2.13 on, which older ones lack
             warnings.simplefilter('ignore', FutureWarning)
             unused = any(gradient is None for gradient in found)
-            return DistributedDataParallel(loss, broadcast_buffers=False, find_unused_parameters=unused)
+            return DistributedDataParallel(
+                loss, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
+            )
 
     def _gradients_travel(self, now: bool) -> contextlib.AbstractContextManager:
         """Gradients travel between ranks once, in the last round."""
