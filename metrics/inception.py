@@ -64,6 +64,9 @@ def average_pool(x: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
+max_pool = nn.MaxPool2d(3, stride=1, padding=1)  # in the last block
+
+
 class BlockA(nn.Module):
     """35x35: 1x1, 5x5, two 3x3, pool -> 64 + 64 + 96 + pool_features channels."""
 
@@ -186,7 +189,7 @@ class InceptionV3(nn.Module):
         self.Mixed_6e = BlockC(768, 192)
         self.Mixed_7a = BlockD(768)  # 8
         self.Mixed_7b = BlockE(1280, average_pool)
-        self.Mixed_7c = BlockE(2048, nn.MaxPool2d(3, stride=1, padding=1))
+        self.Mixed_7c = BlockE(2048, max_pool)
         self.fc = nn.Linear(FEATURES, CLASSES)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
