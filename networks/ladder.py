@@ -34,8 +34,8 @@ class PlainConv(MPConv):
             self.weight.copy_(bound * (2 * torch.rand(self.weight.shape, generator=generator) - 1))
 
     def used_weight(self, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """The stored one."""
-        return self.weight
+        """The stored one, as a tensor that a layer may keep, which a parameter is not."""
+        return self.weight.view_as(self.weight)
 
 
 class NormalizedConv(MPConv):

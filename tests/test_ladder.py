@@ -21,6 +21,7 @@ from networks.edm.layers import GroupNorm
 from networks.edm2.magnitude import MPConv
 from networks.families import ARCHITECTURES
 from networks.files import build_network
+from networks.folding import folded
 from networks.ladder import Block, LadderConfig, PlainConv, rms_group_norm
 from sampling.config import SamplerConfig
 from sampling.pipeline import generate
@@ -248,7 +249,11 @@ def test_plain_weights_are_uniform():
     bound = 1 / math.sqrt(9 * 96)
     assert 0.999 * bound < layer.weight.abs().max() <= bound
     assert rms(layer.weight) == pytest.approx(bound / math.sqrt(3), rel=0.02)
-    assert torch.equal(layer.used_weight(), layer.weight)
+    x = torch.ones(1, 96, 3, 3)
+    before = layer.eval()(x)
+    with torch.no_grad(), folded([layer]):
+        assert all(torch.equal(layer(x), before) for _ in range(2))
+    assert torch.equal(layer.used_weight(), layer.weight) and len(list(layer.parameters())) == 1
 
 
 # --- Behaviour -------------------------------------------------------------------------------------------------------
