@@ -21,6 +21,7 @@ SMALL = {
     '--snapshot=16Ki --batch=256',
     'train.py --preset=edm2plus-img32-tiny': '--channels=48 --channel-mult=1 --num-blocks=1 --attn-resolutions=8 '
     '--duration=1Ki --batch=64 --rampup=256 --status=512',
+    'train.py --preset=ladder-c-digits': '--duration=2Ki --snapshot=2Ki',
     'sweep.py': '--seeds=0-19 --steps=2 --outstd=0.05,0.10',
     'calculate_metrics.py gen': '--seeds=0-49 --steps=2',
     'calculate_metrics.py selftest': '--metrics=fd_pixels',
