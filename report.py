@@ -13,7 +13,7 @@ from dataset.reader import ImageDataset
 from dnnlib import cli
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_path, make_folder, read_object
-from dnnlib.jsonl import read_records
+from evaluation.sweep import read_rows
 
 EPILOG = """\b
 Examples:
@@ -45,7 +45,7 @@ def main(folders, dest, samples, metrics, sweep, data, neighbours, features, dev
 
     runs = read_runs(list(folders))
     measured = [(path.name, result) for path in metrics for result in _results(path)]
-    sweeps = [(path.name, sorted(read_records(path / 'sweep.jsonl'), key=lambda row: row['ema_std'])) for path in sweep]
+    sweeps = [(path.name, read_rows(path)) for path in sweep]
     generations = [read_object(path / 'generation.json') for path in samples]
     data = data or runs[0].config['data']
     found = []

@@ -1,7 +1,7 @@
 """Files of records, one JSON object in a line."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + '\n')
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records; none where there is no file. Damaged lines are left out, with a warning unless it is the last."""
-    return [record for record, _ in _read(path)]
+def read_records(path: Path, needed: Collection[str] = ()) -> list[dict[str, Any]]:
+    """All records that have the fields `needed`; none where there is no file.
+
+    Damaged lines are left out, with a warning unless it is the last.
+    """
+    return [record for record, _ in _read(path) if record.keys() >= set(needed)]
 
 
 def mend_records(path: Path) -> None:

@@ -65,6 +65,8 @@ def parse_nimg(text: str) -> int:
     if match is None or match[2] not in UNITS:
         raise UserError(f'cannot read {text!r} as a number of images; write for instance 4096, 200k or 8Mi')
     value = float(match[1]) * UNITS[match[2]]
+    if not value < 2**63:
+        raise UserError(f'{text[:40]!r} is too large')
     if value != round(value):
         raise UserError(f'{text!r} is not a whole number of images')
     return round(value)

@@ -87,14 +87,15 @@ class Sweep:
         pairs = [(each.std, weight) for each in plan.wanted for weight in self.guidance]
         there = set()
         if distributed.rank() == 0:
-            there = {tuple(row[key] for key in KEY) for row in read_records(folder / ROWS_FILE)}
+            there = {tuple(row[key] for key in KEY) for row in read_records(folder / ROWS_FILE, KEY)}
         flags = torch.tensor([int((plan.nimg, *pair) in there) for pair in pairs])
         return [pair for pair, done in zip(pairs, distributed.all_reduce_max(flags).tolist(), strict=True) if not done]
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """All rows of a sweep, by time, guidance and length."""
-    return sorted(read_records(folder / ROWS_FILE), key=lambda row: (row['nimg'], row['guidance'], row['ema_std']))
+    rows = read_records(folder / ROWS_FILE, (*KEY, 'metrics'))
+    return sorted(rows, key=lambda row: (row['nimg'], row['guidance'], row['ema_std']))
 
 
 def write_table(folder: Path) -> None:

@@ -24,8 +24,8 @@ def make_collector(kind: str, count: int, num_features: int, device: torch.devic
     return Sample(count, num_features, device)
 
 
-def restore_collector(kind: str, tensors: dict[str, torch.Tensor]) -> 'Sums | Sample':
-    """The inverse of a collector's `to_tensors`.
+def restore_collector(kind: str, tensors: dict[str, torch.Tensor], num_features: int) -> 'Sums | Sample':
+    """The inverse of a collector's `to_tensors`, which must be of so many features.
 
     Raises:
         KeyError: where one is missing.
@@ -38,8 +38,8 @@ def restore_collector(kind: str, tensors: dict[str, torch.Tensor]) -> 'Sums | Sa
         groups = 'G' if tensors['mean'].ndim > 1 else ''
         names = {'mean': f'{groups}F', 'scatter': f'{groups}FF', 'count': groups}
     else:
-        names = {'features': 'NF', 'count': ''}
-    sizes: dict[str, int] = {}
+        names = {'features': 'NF', 'count': '', **({'labels': 'N'} if 'labels' in tensors else {})}
+    sizes = {'F': num_features}
     for name, letters in names.items():
         shape = tuple(tensors[name].shape)
         if len(shape) != len(letters) or any(sizes.setdefault(c, n) != n for c, n in zip(letters, shape, strict=True)):

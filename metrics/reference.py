@@ -64,20 +64,22 @@ def load_reference(path: str | os.PathLike, needs: Iterable[Need], detectors: Ma
     needs = list(needs)
     with TensorFile(path, KIND) as file:
         header = file.about(Header)
-        collected = {need: _read(file, need, header.images) for need in needs}
-    identities = {need.detector: header.detectors.get(need.detector) for need in needs}
-    problems = [
-        f'{path} was made with another detector: {quoted(identity)}, here it is {detectors[name].identity!r}; '
-        'make it again from its data set'
-        for name, identity in identities.items()
-        if identity != detectors[name].identity
-    ]
-    if problems:
-        raise UserError(problems)
+        if header.images.image_shape is None:
+            raise UserError(f'{file.path} is a damaged {KIND}: it does not say how large its images are')
+        identities = {need.detector: header.detectors.get(need.detector) for need in needs}
+        problems = [
+            f'{path} was made with another detector: {quoted(identity)}, here it is {detectors[name].identity!r}; '
+            'make it again from its data set'
+            for name, identity in identities.items()
+            if identity != detectors[name].identity
+        ]
+        if problems:
+            raise UserError(problems)
+        collected = {need: _read(file, need, header.images, detectors[need.detector]) for need in needs}
     return Gathered(header.images, identities, collected, header.versions, header.duplicates, header.content)
 
 
-def _read(file: TensorFile, need: Need, about: ImageSet) -> Sums | Sample:
+def _read(file: TensorFile, need: Need, about: ImageSet, detector: Detector) -> Sums | Sample:
     prefix = f'{need.features}/{need.kind}/'
     names = [name for name in file.names if name.startswith(prefix)]
     if not names:
@@ -87,7 +89,8 @@ def _read(file: TensorFile, need: Need, about: ImageSet) -> Sums | Sample:
             f'{about.name} instead'
         )
     try:
-        return restore_collector(need.kind, {name.removeprefix(prefix): file.get(name) for name in names})
+        tensors = {name.removeprefix(prefix): file.get(name) for name in names}
+        return restore_collector(need.kind, tensors, detector.num_features(about.image_shape)[need.features])
     except KeyError as error:
         raise UserError(f'{file.path} is a damaged {KIND}: it lacks {prefix}{error.args[0]}') from None
     except ValueError as error:

@@ -9,6 +9,7 @@ from dnnlib.errors import UserError
 from dnnlib.files import read_object
 from dnnlib.jsonl import read_records
 
+NEEDED = ('nimg', 'loss', 'mse', 'by_noise', 'seconds', 'images_per_second', 'memory_gib')  # of a record, for a page
 COMMAND = 'command: '  # begins the line of log.txt that tells how a run was started
 
 
@@ -44,8 +45,10 @@ def read_run(folder: Path, name: str) -> Run:
     try:
         config = read_object(folder / 'config.json')
     except (OSError, UserError):
-        raise UserError(f'{folder} is no run folder: there is no readable config.json in it') from None
-    stats = read_records(folder / 'stats.jsonl')
+        config = {}
+    if not {'data', 'preset', 'duration'} <= config.keys():
+        raise UserError(f'{folder} is no run folder: there is no readable config.json in it')
+    stats = read_records(folder / 'stats.jsonl', NEEDED)
     if not stats:
         raise UserError(f'{folder} has no lines in stats.jsonl yet')
     named = ((re.fullmatch(r'samples-(\d+)\.png', path.name), path) for path in folder.iterdir())
@@ -53,7 +56,7 @@ def read_run(folder: Path, name: str) -> Run:
     log = folder / 'log.txt'
     lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
     commands = [line.partition(COMMAND)[2] for line in lines if COMMAND in line]
-    measured = read_records(folder / 'metrics.jsonl')
+    measured = read_records(folder / 'metrics.jsonl', ('nimg', 'ema_std'))
     return Run(name, folder, config, stats, measured, previews, list(dict.fromkeys(commands)))
 
 

@@ -512,7 +512,7 @@ def test_halves_of_older_reference_files(reference_file):
     before = real.collected[PIXEL_STATISTICS]
     parts = zip(('even', 'odd'), before.groups, strict=True)
     tensors = {f'{half}.{name}': t for half, group in parts for name, t in group.to_tensors().items()}
-    after = restore_collector('halves', tensors)
+    after = restore_collector('halves', tensors, tensors['even.mean'].shape[-1])
     assert [group.count for group in after.groups] == [13, 12]
     assert torch.equal(after.union().scatter, before.union().scatter)
 

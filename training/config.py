@@ -13,7 +13,7 @@ from networks.config import NetworkConfig
 from networks.denoiser import PRECISIONS
 from sampling.config import SamplerConfig
 from training.methods.table import METHODS
-from training.optimizer import Optimizer
+from training.optimizer import LARGEST, Optimizer
 
 # Fields that a resumed run may change: none of them alters what is learned from the next image. A dataset and a
 # teacher are told by their fingerprints, not their names.
@@ -172,8 +172,8 @@ class TrainConfig:
         for name in ('workers', 'keep', 'nonfinite_steps'):
             if getattr(self, name) < 0:
                 found.append(f'{name} must be at least 0, not {getattr(self, name)}')
-        if not 0 < self.loss_scaling < math.inf:
-            found.append(f'the loss scaling must be positive and finite, not {self.loss_scaling}')
+        if not 0 < self.loss_scaling <= LARGEST:
+            found.append(f'the loss scaling must be positive and finite in float32, not {self.loss_scaling}')
         for name, what in (('held_out', 'held-out images'), ('label_dropout', 'labels to drop')):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f'the share of {what} must be at least 0 and less than 1, not {getattr(self, name)}')

@@ -14,7 +14,7 @@ LOG_FILE = 'log.txt'
 
 def read_stats(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's stats.jsonl that have what status lines have."""
-    return [r for r in read_records(folder / STATS_FILE) if {'nimg', 'loss', 'mse', 'by_noise'} <= r.keys()]
+    return read_records(folder / STATS_FILE, ('nimg', 'loss', 'mse', 'by_noise'))
 
 
 class RunLog:
