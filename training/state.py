@@ -253,8 +253,8 @@ def way_back(folder: Path, nimg: int) -> str:
     newer = [path.name for path in state_files(folder) if path not in good]
     if not good:
         return 'there is no good state to go back to'
-    first = f'remove {", ".join(newer)}, and then ' if newer else ''
+    first = f'remove {", ".join(newer)}; then ' if newer else ''
     return (
-        f'the last good state is {good[-1]}: {first}the same command continues from it; should it end here again, '
+        f'the last good state is {good[-1]}: {first}the same command resumes from it; if it stops here again, '
         'begin another run with --init=SNAPSHOT and a lower --lr'
     )
