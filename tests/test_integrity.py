@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -130,7 +131,7 @@ def test_damage_is_refused_or_harmless(kinds, tmp_path_factory, kind, apply):
     whole = path.read_bytes()
     spoilt = tmp_path_factory.mktemp('spoilt') / path.name
     spoilt.write_bytes(apply(whole))
-    start = time.monotonic()
+    start, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         loaded = load(spoilt)
     except UserError as error:
@@ -138,6 +139,8 @@ def test_damage_is_refused_or_harmless(kinds, tmp_path_factory, kind, apply):
     else:
         assert same(loaded, load(path))
     assert time.monotonic() - start < 20
+    kib = 1024 if sys.platform == 'darwin' else 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**20 * kib  # 1 GiB
     spoilt.unlink()
 
 
