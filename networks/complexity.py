@@ -172,6 +172,9 @@ def complexity(config: NetworkConfig, precision: str = 'fp32') -> Complexity:
     net, inputs = _without_weights(config, precision)
     counter = _Counter([*net.parameters(), *net.buffers()])
     hooks = [module.register_forward_pre_hook(_enter(counter, name)) for name, module in net.unet.stages()]
+    for module in net.modules():
+        if hasattr(module, 'fused'):
+            module.fused = False  # count the formulas, not our arrangement of them
     with torch.no_grad(), counter, _AttentionCounter(counter):
         net(*inputs)
     for hook in hooks:

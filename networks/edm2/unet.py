@@ -57,6 +57,8 @@ class Block(nn.Module):
         attention: Whether self-attention follows.
     """
 
+    fused = True  # False computes the formulas as they are written, which is how operations are counted
+
     def __init__(
         self,
         in_channels: int,
@@ -103,11 +105,14 @@ class Block(nn.Module):
         y = self._residual(x, emb)
         if self.flavor == 'dec' and self.conv_skip is not None:
             x = self.conv_skip(x)
-        x = torch.add(y, x, alpha=mp_sum_gains(RESIDUAL_BALANCE)[0])
+        x = torch.add(y, x, alpha=mp_sum_gains(RESIDUAL_BALANCE)[0]) if self.fused else mp_sum(x, y, RESIDUAL_BALANCE)
         if self.attn_qkv is not None:
             y = cosine_attention(self.attn_qkv(x), self.channels_per_head)
             gain_x, gain_y = mp_sum_gains(ATTENTION_BALANCE)
-            x = x * gain_x + self.attn_proj(y, gain=gain_y)  # in x's memory format
+            if self.fused:
+                x = x * gain_x + self.attn_proj(y, gain=gain_y)  # in x's memory format
+            else:
+                x = mp_sum(x, self.attn_proj(y), ATTENTION_BALANCE)
         return x.clip(-CLIP_ACTIVATIONS, CLIP_ACTIVATIONS)
 
     def _residual(self, y: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
@@ -119,12 +124,12 @@ class Block(nn.Module):
                 y = y * scale[:, :, None, None].to(y.dtype)
                 modulated = True
             elif step == SILU:
-                y, gain = silu(y), 1 / SILU_RMS
+                y, gain = (silu(y), 1 / SILU_RMS) if self.fused else (mp_silu(y), 1.0)
                 if modulated:  # right after the SiLU that follows the modulation
                     y = self.dropout(y)
                     modulated = False
             else:
-                if i == len(self.steps) - 1:
+                if self.fused and i == len(self.steps) - 1:
                     gain *= mp_sum_gains(RESIDUAL_BALANCE)[1]
                 y, gain = getattr(self, step)(y, gain=gain), 1.0
         return y
