@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import click
+
 NAME = 'edm2-img64-s-1073741-0.075.pkl'
 REPEATS = 5
 MEASURE = """
@@ -88,6 +90,7 @@ write_published(Path({str(path)!r}), net, torch.float16)
     return path
 
 
+@click.command()
 def main() -> None:
     """Print medians of time and the highest memory of each task, measured in turn."""
     if not all(Path(name).is_dir() for name in sys.argv[1:]):

@@ -6,6 +6,7 @@ python benchmarks/depthwise_layout.py
 import statistics
 import time
 
+import click
 import torch
 
 SHAPES = ((64, 256, 8), (64, 256, 16), (16, 192, 64), (16, 768, 16))  # images, channels, side
@@ -19,6 +20,7 @@ def seconds(x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
+@click.command()
 def main() -> None:
     """Print the time of each layout and the median of their ratios, measured in turn."""
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads')

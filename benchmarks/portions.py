@@ -6,6 +6,7 @@ python benchmarks/portions.py
 import statistics
 import time
 
+import click
 import torch
 
 from networks.config import NetworkConfig
@@ -30,6 +31,7 @@ def seconds(evaluate, x: torch.Tensor, labels: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
+@click.command()
 @torch.inference_mode()
 def main() -> None:
     """Print the time of each and the median of their ratios, measured in turn."""

@@ -68,7 +68,7 @@ def load_reference(path: str | os.PathLike, needs: Iterable[Need], detectors: Ma
             raise UserError(f'{file.path} is a damaged {KIND}: it does not say how large its images are')
         identities = {need.detector: header.detectors.get(need.detector) for need in needs}
         problems = [
-            f'{path} was made with another detector: {quoted(identity)}, here it is {detectors[name].identity!r}; '
+            f'{path} was made with another detector: {quoted(identity, 200)}, here it is {detectors[name].identity!r}; '
             'make it again from its data set'
             for name, identity in identities.items()
             if identity != detectors[name].identity

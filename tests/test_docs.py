@@ -95,9 +95,10 @@ def test_what_a_cpu_can_run(tmp_path):
     assert {'README.md', 'metrics.md'} <= set(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'benchmarks').glob('*.py')))
 def test_benchmarks_say_what_they_take(name, tmp_path):
     process = subprocess.run(
         [sys.executable, '-m', f'benchmarks.{name}', '--help'], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert 'Traceback' not in process.stderr, process.stderr
+    assert process.returncode == 0 and process.stdout.lower().startswith('usage'), process.stderr
