@@ -144,6 +144,16 @@ def test_damage_is_refused_or_harmless(kinds, tmp_path_factory, kind, apply):
     spoilt.unlink()
 
 
+def test_a_flipped_pixel_of_an_npz_is_refused(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)  # more than zipfile reads ahead
+    np.savez(tmp_path / 'x.npz', images)
+    data = bytearray((tmp_path / 'x.npz').read_bytes())
+    data[data.index(images.tobytes()) + 40_000] ^= 1
+    (tmp_path / 'x.npz').write_bytes(data)
+    with pytest.raises(UserError, match='CRC-32'):
+        NpzImages(tmp_path / 'x.npz')
+
+
 def test_a_damaged_index_is_made_again(archive, tmp_path, monkeypatch):
     monkeypatch.setattr(index, 'KEEP_FROM', 1)
     path = tmp_path / 'tiny.zip'
@@ -221,6 +231,27 @@ def test_verifying_and_turning_it_off(tmp_path, monkeypatch, run_script, tiny_co
     assert process.returncode == 2 and process.stderr.endswith('error: 1 of 3 files are damaged\n'), process.stderr
     first, old, bad = process.stdout.splitlines()
     assert first.startswith(f'{path}: whole, ') and 'too old to have digests' in old and 'spoilt' in bad
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'message'),
+    [
+        (b'preset-a', b'preset-b', 'its digest does not fit'),
+        (
+            b'"unet.out_conv.weight":{',
+            b'"unet.out_conv.weighs":{',
+            'it does not hold the tensors that its header names',
+        ),
+    ],
+)
+def test_a_changed_header_is_refused(tmp_path, tiny_config, old, new, message):
+    path = tmp_path / 'net.safetensors'
+    save_network(path, Denoiser(tiny_config, seed=0).state_dict(), NetworkInfo(tiny_config, 0, None, 'preset-a'))
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    with pytest.raises(UnreadableFileError, match=message):
+        load_network(path)
 
 
 def header_file(path: Path, header: str) -> Path:
@@ -362,23 +393,21 @@ def test_poison_on_two_ranks(config, tmp_path):
     assert not nonfinite(state_tensors(tmp_path))
 
 
-def test_no_state_is_dropped_while_gradients_are_bad(config, run, monkeypatch):
-    from training import update
+def test_no_state_is_dropped_while_gradients_are_bad(config, tmp_path):
+    state = TrainState(replace(config, keep=1), torch.device('cpu'))
+    for kimg, streak, left in ((1, 0, [1]), (2, 3, [1, 2]), (3, 5, [1, 2, 3]), (4, 0, [4])):
+        state.nimg, state.stats.streak = 1024 * kimg, torch.tensor(streak)
+        state.saving(tmp_path)()
+        assert [path.name for path in state_files(tmp_path)] == [f'training-state-{n:07d}.safetensors' for n in left]
 
-    def spoil(parameters, policy, clip):
-        spoil.calls += 1
-        if 4 <= spoil.calls <= 7:
-            parameters[-2].grad.view(-1)[0] = float('nan')
-        return clean(parameters, policy, clip)
 
-    spoil.calls = 0
-    clean = update.clean_gradients
-    monkeypatch.setattr(update, 'clean_gradients', spoil)
-    config = replace(config, batch=256, status=512, checkpoint=1024, keep=1, duration=4096)
-    folder = run('run', replace(config, slice=1792))
-    assert [path.name for path in state_files(folder)] == ['training-state-0000001.safetensors']
-    run('run', replace(config, duration=2048 + 1024, slice=256 + 512))
-    assert len(state_files(folder)) == 1  # the streak has ended
+def test_a_snapshot_that_overflows_is_not_written(config, tmp_path):
+    state = TrainState(replace(config, snapshot_precision='fp16'), torch.device('cpu'))
+    state.ema.averages[max(config.ema.stds)]['unet.out_conv.weight'].fill_(1e6)
+    assert not state.nonfinite()
+    with pytest.raises(UserError, match=r'would hold values that are not finite, in unet\.out_conv\.weight'):
+        state.saving_snapshots(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_length_of_a_streak():
