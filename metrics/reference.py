@@ -66,20 +66,19 @@ def load_reference(path: str | os.PathLike, needs: Iterable[Need], detectors: Ma
         header = file.about(Header)
         if header.images.image_shape is None:
             raise UserError(f'{file.path} is a damaged {KIND}: it does not say how large its images are')
-        identities = {need.detector: header.detectors.get(need.detector) for need in needs}
         problems = [
             f'{path} was made with another detector: {quoted(identity, 200)}, here it is {detectors[name].identity!r}; '
             'make it again from its data set'
-            for name, identity in identities.items()
-            if identity != detectors[name].identity
+            for name, identity in header.detectors.items()
+            if name in {need.detector for need in needs} and identity != detectors[name].identity
         ]
         if problems:
             raise UserError(problems)
-        collected = {need: _read(file, need, header.images, detectors[need.detector]) for need in needs}
+        collected = {need: _read(file, need, header.images, detectors.get(need.detector)) for need in needs}
     return Gathered(header.images, identities, collected, header.versions, header.duplicates, header.content)
 
 
-def _read(file: TensorFile, need: Need, about: ImageSet, detector: Detector) -> Sums | Sample:
+def _read(file: TensorFile, need: Need, about: ImageSet, detector: Detector | None) -> Sums | Sample:
     prefix = f'{need.features}/{need.kind}/'
     names = [name for name in file.names if name.startswith(prefix)]
     if not names:
