@@ -44,11 +44,7 @@ def save_reference(path: str | os.PathLike, real: Gathered) -> None:
 
 
 def read_about(path: str | os.PathLike) -> ImageSet:
-    """What set a reference file was made of.
-
-    Raises:
-        UserError: where it is not a reference file.
-    """
+    """What set a reference file was made of."""
     with TensorFile(path, KIND) as file:
         return file.about(Header).images
 
@@ -66,19 +62,20 @@ def load_reference(path: str | os.PathLike, needs: Iterable[Need], detectors: Ma
         header = file.about(Header)
         if header.images.image_shape is None:
             raise UserError(f'{file.path} is a damaged {KIND}: it does not say how large its images are')
+        identities = {name: header.detectors.get(name) for name in {need.detector for need in needs}}
         problems = [
-            f'{path} was made with another detector: {quoted(identity, 200)}, here it is {detectors[name].identity!r}; '
+            f'{path} was made with another detector: {quoted(found, 200)}, here it is {detectors[name].identity!r}; '
             'make it again from its data set'
-            for name, identity in header.detectors.items()
-            if name in {need.detector for need in needs} and identity != detectors[name].identity
+            for name, found in identities.items()
+            if found is not None and found != detectors[name].identity
         ]
         if problems:
             raise UserError(problems)
-        collected = {need: _read(file, need, header.images, detectors.get(need.detector)) for need in needs}
+        collected = {need: _read(file, need, header.images, detectors) for need in needs}
     return Gathered(header.images, identities, collected, header.versions, header.duplicates, header.content)
 
 
-def _read(file: TensorFile, need: Need, about: ImageSet, detector: Detector | None) -> Sums | Sample:
+def _read(file: TensorFile, need: Need, about: ImageSet, detectors: Mapping[str, Detector]) -> Sums | Sample:
     prefix = f'{need.features}/{need.kind}/'
     names = [name for name in file.names if name.startswith(prefix)]
     if not names:
@@ -89,7 +86,9 @@ def _read(file: TensorFile, need: Need, about: ImageSet, detector: Detector | No
         )
     try:
         tensors = {name.removeprefix(prefix): file.get(name) for name in names}
-        return restore_collector(need.kind, tensors, detector.num_features(about.image_shape)[need.features])
+        assert about.image_shape is not None
+        sizes = detectors[need.detector].num_features(about.image_shape)
+        return restore_collector(need.kind, tensors, sizes[need.features])
     except KeyError as error:
         raise UserError(f'{file.path} is a damaged {KIND}: it lacks {prefix}{error.args[0]}') from None
     except ValueError as error:
