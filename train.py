@@ -30,7 +30,6 @@ from training.initial import check_initial
 from training.loop import Measure, Preview, train
 from training.methods.table import METHODS
 from training.monitor.board import require_tensorboard
-from training.monitor.log import RunLog
 from training.presets.table import PRESETS, get_preset, make_config
 
 PREVIEW_STEPS = 18  # of sample grids
@@ -150,9 +149,8 @@ def main(
     with StopSignals(last=True) as signals, distributed.session(device) as chosen:
         measure = make_measure(config, chosen, measuring, metric_seeds, vae) if measuring.metrics else None
         folder = make_folder(outdir)
-        log = RunLog(folder if distributed.rank() == 0 else None)
-        log.say(f'command: python {shlex.join(sys.argv)}', show=False)
-        config = with_micro_batch(config, folder, chosen)
+        notes = [f'command: python {shlex.join(sys.argv)}']
+        config = with_micro_batch(config, folder, chosen, notes)
         train(
             config,
             dataset,
@@ -163,6 +161,7 @@ def main(
             allow_rounding=allow_rounding,
             tensorboard=tensorboard,
             signals=signals,
+            notes=notes,
         )
 
 
@@ -183,10 +182,10 @@ def resolve(
     return config, dataset
 
 
-def with_micro_batch(config: TrainConfig, folder: Path, device: torch.device) -> TrainConfig:
+def with_micro_batch(config: TrainConfig, folder: Path, device: torch.device, notes: list[str]) -> TrainConfig:
     """The config with a micro-batch, where none was asked for: that of a run to be resumed, else the largest that fits.
 
-    Every rank calls it; all get that of the smallest device.
+    Every rank calls it; all get that of the smallest device. What it chose is printed, and added to `notes`.
     """
     world_size = distributed.world_size()
     share, earlier = config.batch // world_size, folder / 'config.json'
@@ -201,9 +200,10 @@ def with_micro_batch(config: TrainConfig, folder: Path, device: torch.device) ->
     micro = min(map(int, distributed.gather_text(str(fitting))))
     if micro == share:
         return config
-    RunLog(folder if distributed.rank() == 0 else None).say(
+    notes.append(
         f'--batch-gpu={micro}: of the {share} images of a step, as many at once as fit in {format_bytes(available)}'
     )
+    distributed.print0(notes[-1])
     return dataclasses.replace(config, micro_batch=micro)
 
 

@@ -450,6 +450,7 @@ def inception(weights, monkeypatch):
 ALL = '--metrics=fid,kid,is,precision_recall,sfid'
 
 
+@pytest.mark.slow
 def test_all_inception_metrics_in_one_pass(run, data, tmp_path, inception, monkeypatch):
     passes = []
     call = metrics.inception.InceptionDetector.__call__

@@ -62,6 +62,7 @@ def test_micro_batches_see_the_same_images(edm_config, run):
     assert_same_gradients(a, b)
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_gradients_of_one(archive, run_script, tmp_path):
     arguments = [
         *('--preset=edm-digits', f'--data={archive}', '--channels=16', '--duration=1024', '--batch=1024', '--xflip'),
@@ -124,6 +125,7 @@ def test_presets_are_the_table_of_the_paper(name):
         assert net.encoder == ('residual' if name.endswith('ve') else 'standard')
 
 
+@pytest.mark.slow
 def test_mirrored_images_are_trained_on(archive, run_script, tmp_path):
     """--xflip doubles the data set, for any family; a run without it has other data."""
     common = (f'--data={archive}', '--preset=edm2plus-digits', '--dry-run')

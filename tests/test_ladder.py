@@ -272,6 +272,7 @@ def scaled(net: Denoiser, names: list[str], factor: float, before: torch.Tensor)
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rung', RUNGS)
 def test_scale_of_a_weight(rung):
     """Of no consequence where weights are normalized; before, of that of layers in front of a norm."""

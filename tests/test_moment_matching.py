@@ -253,6 +253,7 @@ def test_killed_and_resumed(config, trained_once, tmp_path):
     assert_same_runs(tmp_path / 'whole', tmp_path / 'killed')
 
 
+@pytest.mark.slow
 def test_commands(config, trained_once, run_script, tmp_path):
     """Train on one rank and on two, reconstruct an EMA, generate as the file says, and with a warning otherwise."""
     teacher = trained_once / 'network-snapshot-0000002-0.050.safetensors'

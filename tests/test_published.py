@@ -724,6 +724,7 @@ def test_generate_by_preset_from_the_cache(tmp_path, run_script):
     assert done.returncode == 2 and 'not in the download cache' in done.stderr and 'Traceback' not in done.stderr
 
 
+@pytest.mark.slow
 def test_other_scripts_take_published_files(tmp_path, run_script):
     path = files.write_published(tmp_path / 'net.pkl', tiny_net())
     done = run_script('count_flops.py', f'--net={path}', '--json')
@@ -766,6 +767,7 @@ def test_converted_snapshots_beside_their_originals_count_once(tmp_path, raw_sna
     assert len(find_snapshots(tmp_path)) == 6
 
 
+@pytest.mark.slow
 def test_reconstruction_at_the_command_line(tmp_path, raw_snapshots, run_script):
     done = run_script('reconstruct_phema.py', f'--indir={raw_snapshots}', '--outdir=out', '--outstd=0.06')
     assert done.returncode == 0 and 'profile error' in done.stdout, done.stderr

@@ -76,6 +76,7 @@ def test_resumed_run_is_bit_exact(sid2_config, run):
     assert whole['net/unet.patch_out.weight'].any()
 
 
+@pytest.mark.slow
 def test_two_ranks_and_micro_batches_equal_one(tmp_path, run_script):
     """With dropout of features and labels, and augmentation: all draws belong to images."""
     data = make_archive(tmp_path / 'data.zip', 30, 10, (3, 8, 8))

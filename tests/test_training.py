@@ -396,7 +396,7 @@ def test_all_problems_of_a_config_are_told_at_once(config):
         'slice must be a multiple of the batch (256 images), not 100 (try 256)',
         'keep must be at least 0, not -1',
         'nonfinite_steps must be at least 0, not -5',
-        'the loss scaling must be positive and finite, not 0.0',
+        'the loss scaling must be positive and finite in float32, not 0.0',
         'the share of held-out images must be at least 0 and less than 1, not 1.0',
     ]
     with pytest.raises(UserError, match=r'no multiple of batch-gpu 100 \(try 128 or 64\)'):

@@ -338,20 +338,20 @@ def test_plan_proposes_a_micro_batch():
 
 def test_micro_batch_of_a_run_that_was_begun_stays(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('train.device_memory', lambda device: 2**24)
-    chosen = with_micro_batch(config, tmp_path, torch.device('cpu'))
+    chosen = with_micro_batch(config, tmp_path, torch.device('cpu'), [])
     assert 1 <= chosen.micro_batch < 256 and f'--batch-gpu={chosen.micro_batch}: ' in capsys.readouterr().out
     write_json(tmp_path / 'config.json', chosen.to_json())
     monkeypatch.setattr('train.device_memory', lambda device: 2**40)
-    assert with_micro_batch(config, tmp_path, torch.device('cpu')) == chosen
+    assert with_micro_batch(config, tmp_path, torch.device('cpu'), []) == chosen
     asked = replace(config, micro_batch=128)
-    assert with_micro_batch(asked, tmp_path, torch.device('cpu')) == asked
-    assert with_micro_batch(config, tmp_path / 'other', torch.device('cpu')).micro_batch is None
+    assert with_micro_batch(asked, tmp_path, torch.device('cpu'), []) == asked
+    assert with_micro_batch(config, tmp_path / 'other', torch.device('cpu'), []).micro_batch is None
     for content, problem in (('[1]', 'not an object'), ('zz', 'cannot be read')):
         (tmp_path / 'config.json').write_text(content)
         with pytest.raises(UserError, match=rf'config\.json .*{problem}'):
-            with_micro_batch(config, tmp_path, torch.device('cpu'))
+            with_micro_batch(config, tmp_path, torch.device('cpu'), [])
     write_json(tmp_path / 'config.json', {'micro_batch': 'many'})  # refused later, with all differences
-    assert with_micro_batch(config, tmp_path, torch.device('cpu')) == config
+    assert with_micro_batch(config, tmp_path, torch.device('cpu'), []) == config
 
 
 def test_pictures_come_early_and_at_every_stop(config, tmp_path, monkeypatch):

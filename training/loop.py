@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def train(
     allow_rounding: bool = False,
     tensorboard: bool = False,
     signals: StopSignals | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Train, or resume training, until `config.duration` images have been seen, `config.slice` in this process, or
     until a signal asks to stop; then the state is saved.
@@ -66,6 +67,7 @@ def train(
         allow_rounding: Whether a resumed run may change what alters its rounding.
         tensorboard: Whether to write for TensorBoard too.
         signals: What tells to stop, where the caller listens already; it stops listening at the end.
+        notes: Lines for the log, once the folder is this process's.
 
     Raises:
         UserError: where another process trains in the folder, it holds another run, ranks disagree, an image cannot be
@@ -85,6 +87,8 @@ def train(
         if lead:
             remove_leftovers(folder)
             write_json(folder / 'config.json', config.to_json())
+            for note in notes:
+                RunLog(folder).say(note, show=False)
         timer = PhaseTimer(device)
         part, held_out = split(dataset, config.held_out, config.seed)
         order = _order(config, len(part), state.nimg)
