@@ -1,7 +1,7 @@
 """Reference files: what metrics need of a data set, together with what it is of."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 
 from dnnlib.errors import UserError, quoted
@@ -49,7 +49,7 @@ def read_about(path: str | os.PathLike) -> ImageSet:
         return file.about(Header).images
 
 
-def load_reference(path: str | os.PathLike, needs: Iterable[Need], detectors: Mapping[str, Detector]) -> Gathered:
+def load_reference(path: str | os.PathLike, needs: Collection[Need], detectors: Mapping[str, Detector]) -> Gathered:
     """Read what `needs` ask for from a file of `save_reference`.
 
     Args:
@@ -57,7 +57,6 @@ def load_reference(path: str | os.PathLike, needs: Iterable[Need], detectors: Ma
         needs: Of the metrics.
         detectors: From `load_detectors`: those that the images are seen by.
     """
-    needs = list(needs)
     with TensorFile(path, KIND) as file:
         header = file.about(Header)
         if header.images.image_shape is None:
