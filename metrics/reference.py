@@ -71,6 +71,8 @@ def load_reference(path: str | os.PathLike, needs: Collection[Need], detectors: 
         if problems:
             raise UserError(problems)
         collected = {need: _read(file, need, header.images, detectors) for need in needs}
+        if unknown := [name for name, found in identities.items() if found is None]:
+            raise UserError(f'{path} is a damaged {KIND}: it does not say which {", ".join(unknown)} it was made with')
     return Gathered(header.images, identities, collected, header.versions, header.duplicates, header.content)
 
 
