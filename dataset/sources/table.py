@@ -13,7 +13,7 @@ import PIL.Image
 from dataset.files.archive import NPY, Archive, decode_npy, encoder_of
 from dataset.files.labels import LABEL_FILE, Labels, read_labels
 from dataset.sources.cifar10 import open_cifar10
-from dataset.sources.embedded import open_digits, open_photos
+from dataset.sources.embedded import HELD_OUT, open_digits, open_mnist5k, open_photos
 from dataset.sources.image_files import load_image, source_formats
 from dataset.sources.mnist import is_idx, open_idx
 from dataset.sources.source import Source
@@ -98,7 +98,12 @@ def _folder_labels(archive: Archive, names: list[str]) -> Labels:
 
 
 # Sources that need no files, by the names by which they are asked for.
-EMBEDDED: dict[str, Callable[[str], Source]] = {'digits': open_digits, 'photos': open_photos}
+EMBEDDED: dict[str, Callable[[str], Source]] = {
+    'digits': open_digits,
+    'photos': open_photos,
+    'mnist5k': open_mnist5k,
+    HELD_OUT: open_mnist5k,
+}
 # Kinds of files: whether a path that exists is one, and what opens it; the first counts. A new source is one row.
 SOURCES: dict[str, tuple[Callable[[str], bool], Callable[[str], Source]]] = {
     'ImageNet tree': (_is_imagenet, _imagenet),
