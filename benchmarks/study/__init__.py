@@ -1,0 +1,1 @@
+"""What the families learn at equal cost: docs/study.md."""
