@@ -131,7 +131,7 @@ def encode(
 ) -> None:  # fmt: skip
     """Make a dataset of latents: what the Stable Diffusion VAE makes of each image, its mean and standard deviation.
 
-    Files are float32 [8, H/8, W/8] in NumPy's format. Training draws from them anew at every visit. Runs on any number
+    Files are float32 [8, H/8, W/8] in NumPy's format. Training draws from them at every visit. Runs on any number
     of GPUs with torchrun, all of which must see the folder of --dest.
 
     \b
@@ -233,7 +233,7 @@ def _dest_problems(dest: str, overwrite: bool, resume: bool) -> list[str]:
     if path.name in ('', '..'):  # there would be no place for work beside it
         problems.append(f'--dest={dest} has no name of its own; name a new folder, or a zip')
     if resume and overwrite:
-        problems.append('--resume continues, --overwrite begins anew; choose one')
+        problems.append('--resume continues, --overwrite starts over; choose one')
     if is_zip_name(dest) and path.is_file() and not (overwrite or resume):
         problems.append(f'{dest} exists; add --overwrite to replace it')
     if is_zip_name(dest) and path.is_dir():

@@ -158,7 +158,7 @@ def _problem(part: Path, digest: str, expected: str | None) -> str | None:
 
 
 def _receive(address: str, part: Path, deadline: float) -> None:
-    """One attempt: append what is missing of the file to `part`, or begin anew where the server's file has changed.
+    """One attempt: append what is missing of the file to `part`, or start over where the server's file has changed.
 
     Raises:
         requests.RequestException: for whatever goes wrong on the way.

@@ -151,6 +151,8 @@ def make_folder(path: str | os.PathLike) -> Path:
     if not os.fspath(path):
         raise UserError('the name of the output folder is empty')  # an unset variable on a command line, say
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f'{path} is a file; a folder is needed for the output')
     path.mkdir(parents=True, exist_ok=True)
     try:
         tempfile.TemporaryFile(dir=path).close()

@@ -24,6 +24,7 @@ def progress(total: int, title: str, unit: str = 'img', shown: bool = True) -> I
     done = 0
 
     def advance(count: int) -> None:
+        """Note that `count` more are done; without a terminal, print a line now and then."""
         nonlocal done, last
         count = min(count, total - done)
         done += count

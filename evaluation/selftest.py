@@ -9,6 +9,7 @@ import torch
 
 from dnnlib.errors import UserError
 from evaluation.measure import Evaluator, MeasureConfig
+from metrics.baselines import BASELINES, reference_file
 from metrics.collectors import Sample, Sums
 from metrics.detectors import DETECTORS, load_detectors
 from metrics.frechet import fd, fd_infinity
@@ -102,6 +103,9 @@ def halves(config: MeasureConfig, images: Images, device: torch.device) -> tuple
         The checks, and what could not be checked. Every rank calls it; only rank 0's checks are complete.
     """
     checks, missing = [], []
+    for ref in config.refs:
+        if ref not in BASELINES and '://' not in ref:
+            reference_file(ref)  # a mistyped path is a mistake, not something that could not be checked
     order = torch.randperm(len(images), generator=stream('halves', len(images)))
     parts = [Subset(images, half.sort().values.tolist(), f'half {i}') for i, half in enumerate(order.chunk(2))]
     for name in DETECTORS:

@@ -59,14 +59,13 @@ def reference_file(ref: str, offline: bool = False) -> Path:
     """The file or folder that a path, a URL or a name of BASELINES stands for, downloaded if need be.
 
     Raises:
-        UserError: where it cannot be downloaded, or nothing is there and a baseline has a similar name.
+        UserError: where it cannot be downloaded, or nothing is there.
     """
     if known := _known(ref):
         return download(known.url, offline=offline)
     path = local_file(ref, offline)
-    problem = unknown_choice('baseline', ref, BASELINES)
-    if not path.exists() and 'did you mean' in problem:
-        raise UserError(f'{ref} is no file or folder, and an {problem}')
+    if not path.exists():
+        raise UserError(f'{ref} is no file or folder, and an {unknown_choice("baseline", ref, BASELINES)}')
     return path
 
 

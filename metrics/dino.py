@@ -64,7 +64,7 @@ class DinoDetector(NetworkDetector):
             raise UserError(
                 f'{folder} is a model of {config.num_hidden_layers} layers with {config.hidden_size} features and '
                 f'patches of {config.patch_size}, not ViT-L/14 (24 layers, 1024 features, patches of 14): fd_dinov2 '
-                'would not be comparable; --any-weights measures with it all the same'
+                'would not be comparable; --any-weights measures with it nevertheless'
             )
         self.standard = False if not is_large else (None if given else True)
         self.size = config.hidden_size

@@ -238,7 +238,7 @@ class InceptionDetector(NetworkDetector):
         if not self.standard and not any_weights:
             raise UserError(
                 f'{path} has the SHA-256 {digest[:8]}..., not {PUBLISHED}... of the published weights ({URL}): FID '
-                'would not be FID; --any-weights measures with them all the same'
+                'would not be FID; --any-weights measures with them nevertheless'
             )
         self.identity = f'inception-v3 2015-12-05, FID variant (TF1 resize to {SIDE}, (x-128)/128), weights {digest}'
         self.net = load_inception(path).to(device, memory_format=torch.channels_last)

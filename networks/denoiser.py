@@ -44,7 +44,7 @@ class Denoiser(nn.Module):
             self.reset_parameters(seed)
 
     def reset_parameters(self, seed: int) -> None:
-        """Draw all weights anew; at first F is 0, or nearly, and D(x) = c_skip x."""
+        """Draw new weights; at first F is 0, or nearly, and D(x) = c_skip x."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.parameters():

@@ -7,7 +7,7 @@ Three forms, and who needs which:
     x       float [N, C', H', W']    --decode-->  images   what people look at       (sampling)
 
 For RGB (and grayscale) images the first step is nothing. For latent diffusion the stored form is the mean and the
-standard deviation of the VAE's posterior, from which every visit of training draws anew (EDM2 section 5, spec of
+standard deviation of the VAE's posterior, from which training draws at every visit (EDM2 section 5, spec of
 img512); `sample` then needs no VAE.
 """
 

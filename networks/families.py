@@ -25,8 +25,9 @@ from networks.edm.adm import ADM, ADMConfig
 from networks.edm.adm import uncertainty_head as adm_head
 from networks.edm.song import SongConfig, SongUNet
 from networks.edm2.config import EDM2Config
-from networks.edm2.magnitude import MPConv, MPFourier
+from networks.edm2.magnitude import MPConv
 from networks.edm2.unet import UNet
+from networks.fourier import FourierFeatures
 from networks.interface import Interface
 from networks.ladder import Ladder, LadderConfig
 from networks.ladder import uncertainty_head as ladder_head
@@ -36,7 +37,7 @@ from networks.sid2.uvit import UViT
 
 def edm2_head(config: Any, channels: int) -> tuple[nn.Module, nn.Module]:
     """Uncertainty head of EDM2 (section 2.1)."""
-    return MPFourier(channels), MPConv(channels, 1, kernel=0)
+    return FourierFeatures(channels), MPConv(channels, 1, kernel=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ Configs A and B are ADM (`networks.edm.adm`), G is the network of EDM2 (`network
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -13,10 +12,12 @@ from torch import nn
 from dnnlib.errors import unknown_choice
 from networks.dropout import Dropout
 from networks.edm.adm import ADMConfig
-from networks.edm.layers import GroupNorm, reset_parameters
+from networks.edm.layers import GroupNorm
 from networks.edm.unet import Place
-from networks.edm2.magnitude import MPConv, MPFourier, normalize
+from networks.edm2.magnitude import MPConv, normalize
 from networks.edm2.unet import cosine_attention, resample
+from networks.encoder_decoder import EncoderDecoder
+from networks.fourier import FourierFeatures
 from networks.interface import Interface
 
 GROUP_NORM_EPS = 1e-4
@@ -120,7 +121,7 @@ class Block(nn.Module):
         return x if self.conv_skip is None else self.conv_skip(x)
 
 
-class Ladder(nn.Module):
+class Ladder(EncoderDecoder):
     """F of a denoiser: configs C to F.
 
     Args:
@@ -136,7 +137,7 @@ class Ladder(nn.Module):
             config.model_channels,
             config.model_channels * config.channel_mult_emb,
         )
-        self.emb_fourier = MPFourier(noise, gain=1.0)
+        self.emb_fourier = FourierFeatures(noise, gain=1.0)
         self.emb_noise = Conv(noise, emb, kernel=0)
         self.emb_noise1 = Conv(emb, emb, kernel=0) if config.group_norm else None
         self.emb_label = Conv(interface.label_dim, emb, kernel=0) if interface.label_dim else None
@@ -146,16 +147,6 @@ class Ladder(nn.Module):
         self.enc = nn.ModuleDict(first | {place.name: Block(place, True, config) for place in encoder})
         self.dec = nn.ModuleDict({place.name: Block(place, False, config) for place in decoder})
         self.out_conv = Conv(config.width, interface.out_channels, kernel=3)
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw all weights."""
-        reset_parameters(self, generator)
-
-    def stages(self) -> Iterator[tuple[str, nn.Module]]:
-        """Named parts in order of execution."""
-        yield from (('enc ' + name, part) for name, part in self.enc.items())
-        yield from (('dec ' + name, part) for name, part in self.dec.items())
-        yield 'output', self.out_conv
 
     def embed(self, c_noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """What conditions the blocks, float32 [N, emb_channels]."""
@@ -179,17 +170,12 @@ class Ladder(nn.Module):
         emb = self.embed(c_noise, labels)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # in place of biases
         x = x.contiguous(memory_format=torch.channels_last)
-        skips = []
-        for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
-            skips.append(x)
-        for name, layer in self.dec.items():
-            x = layer(torch.cat([x, skips.pop()], dim=1) if 'block' in name else x, emb)
+        x = self.blocks(x, emb)
         if self.config.group_norm:
             x = nn.functional.silu(rms_group_norm(x))
         return self.out_conv(x)
 
 
-def uncertainty_head(config: LadderConfig, channels: int) -> tuple[MPFourier, MPConv]:
+def uncertainty_head(config: LadderConfig, channels: int) -> tuple[FourierFeatures, MPConv]:
     """Features of c_noise, and the layer that makes u(sigma) of them, in the style of the network."""
-    return MPFourier(channels, gain=1.0), WEIGHTS[config.weights](channels, 1, kernel=0)
+    return FourierFeatures(channels, gain=1.0), WEIGHTS[config.weights](channels, 1, kernel=0)

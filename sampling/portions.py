@@ -85,7 +85,7 @@ class Portions:
             batch = torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])])
         return list(batch.split(self.size))
 
-    @torch.inference_mode()  # for each thread anew
+    @torch.inference_mode()  # it is a state of each thread
     def _evaluate(self, x, sigma, labels):
         return self.forward(x, sigma, labels)
 

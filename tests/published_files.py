@@ -24,7 +24,7 @@ CLASSES = {
     'UNet': 'UNet',
     'Block': 'Block',
     'MPConv': 'MPConv',
-    'MPFourier': 'MPFourier',
+    'FourierFeatures': 'MPFourier',
 }
 SCALE = np.float32(0.5) / np.float32([4.17, 4.62, 3.71, 3.28])
 BIAS = np.float32(0) - np.float32([5.81, 3.25, 0.12, -2.15]) * SCALE

@@ -49,6 +49,7 @@ CASES = {
     'bounds of EDM2': (GENERATE + ' --sigma_min=0.01', '--sigma_min is --sigma-min here'),
     'unknown flag': (TRAIN + ' --learning-rate=1', '--learning-rate'),
     'unwritable folder': (TRAIN.replace('{out}', '{place}/file/out'), 'file/out: Not a directory'),
+    'folder that is a file': (GENERATE.replace('{out}', '{place}/file'), 'file is a file; a folder is needed'),
     'number of images': (TRAIN + ' --duration=8mi', "cannot read '8mi' as a number of images"),
     'two problems': (TRAIN + ' --duration=1000 --dropout=2', 'dropout must be in [0, 1), not 2.0; duration must be'),
     'batch of nothing': (TRAIN + ' --batch=0', 'the batch must be at least 1'),
@@ -90,25 +91,31 @@ def _files(place):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_wrong_use(case, place, run_script, tmp_path):
+def test_wrong_use(case, place, run_here, tmp_path):
     command, message = CASES[case]
     before = _files(place)
     words = command.format(place=place, out=tmp_path / 'out').split()
-    process = run_script(*words)
+    process = run_here(*words)
     assert process.returncode == 2, process.stderr
     lines = process.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f'{words[0]}: error: ') and message in lines[0], process.stderr
     assert _files(place) == before and not (tmp_path / 'out').exists()
 
 
+def test_wrong_use_in_a_process_of_its_own(place, run_script):
+    process = run_script('train.py', '--preset=edm2plus-digit', f'--data={place}/data.zip', '--outdir=out')
+    assert process.returncode == 2 and process.stderr.count('\n') == 1, process.stderr
+    assert process.stderr.startswith("train.py: error: unknown preset 'edm2plus-digit'")
+
+
 @pytest.mark.parametrize('script', sorted(path.name for path in ROOT.glob('*.py')))
-def test_help(script, run_script):
-    process = run_script(script, '--help')
+def test_help(script, run_here):
+    process = run_here(script, '--help')
     assert process.returncode == 0 and not process.stderr and f'python {script}' in process.stdout
 
 
-def test_dry_run_writes_nothing(place, run_script, tmp_path):
-    process = run_script(*TRAIN.format(place=place, out=tmp_path / 'out').split(), '--dry-run', '--batch=256')
+def test_dry_run_writes_nothing(place, run_here, tmp_path):
+    process = run_here(*TRAIN.format(place=place, out=tmp_path / 'out').split(), '--dry-run', '--batch=256')
     assert process.returncode == 0, process.stderr
     config, _ = json.JSONDecoder().raw_decode(process.stdout)
     assert config['batch'] == 256 and config['network']['label_dim'] == 10 and config['network']['img_channels'] == 1
@@ -136,12 +143,12 @@ def test_generated_folder(place, run_script, tmp_path):
     assert json.loads((out / 'generation.json').read_text())['versions']['torch'] == torch.__version__
 
 
-def test_count_flops(place, run_script):
-    process = run_script('count_flops.py', f'--net={place}/net.safetensors', '--json')
+def test_count_flops(place, run_here):
+    process = run_here('count_flops.py', f'--net={place}/net.safetensors', '--json')
     assert process.returncode == 0, process.stderr
     cost = json.loads(process.stdout)
     config = NetworkConfig.from_json(cost['config'])
     assert cost['parameters'] == sum(p.numel() for p in Denoiser(config).parameters())
     assert cost['operations'] > cost['macs'] > 0 and cost['saved_bytes'] > cost['peak_bytes'] > 0
-    process = run_script('count_flops.py', '--preset=edm2plus-img64-xs')
+    process = run_here('count_flops.py', '--preset=edm2plus-img64-xs')
     assert '68.69 M' in process.stdout and '22.71 GFLOPs' in process.stdout

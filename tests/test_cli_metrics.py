@@ -666,8 +666,8 @@ def test_selftest(run, monkeypatch):
     code, out, err = run('selftest', '--data=real', '--ref=real', '--metrics=kid_pixels,fd_pixels')
     assert (code, err) == (0, '') and 'not checked: real against real: kid_pixels: it has no known value' in out
     assert 'fd_pixels of real and real' in out
-    code, out, _ = run('selftest', '--data=real', '--ref=real', '--ref=nothing')
-    assert code == 0 and 'fd_pixels of real and real' in out and 'not checked: real against nothing: ' in out
+    code, _, err = run('selftest', '--data=real', '--ref=real', '--ref=nothing')
+    assert code == 2 and 'nothing is no file or folder' in err
     with monkeypatch.context() as without:
         without.setattr('metrics.dino.importlib.util.find_spec', lambda name: None)
         out = run('selftest', '--data=real', '--ref=real', '--metrics=fd_dinov2')[1]

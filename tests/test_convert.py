@@ -330,11 +330,11 @@ def test_going_on_with_other_options_is_refused(tmp_path, many, monkeypatch):
         with pytest.raises(OSError, match='No space left') as caught:
             convert(many, dest, '--skip-broken', '--workers=0')
         assert caught.value.filename == str(dest)
-    with pytest.raises(UserError, match='begun with other color; --overwrite begins anew'):
+    with pytest.raises(UserError, match='started with other color; --overwrite starts over'):
         convert(many, dest, '--skip-broken', '--resume', '--color=gray')
     (many / 'a' / 'new.png').write_bytes(b'')
     try:
-        with pytest.raises(UserError, match='begun with other content and images'):
+        with pytest.raises(UserError, match='started with other content and images'):
             convert(many, dest, '--skip-broken', '--resume')
     finally:
         (many / 'a' / 'new.png').unlink()

@@ -19,7 +19,6 @@ import reconstruct_phema
 import report
 import train
 from dataset.reader import ImageDataset
-from dnnlib import cli
 from metrics.detectors import PixelDetector
 from metrics.gathering import gather
 from metrics.image_sets import ImageSet
@@ -34,16 +33,14 @@ from training.state import state_files
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
+def refused(run_here):
     """Run a script in this process, which must refuse what it gets; returns what it says."""
 
     def run(script, *arguments) -> str:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, 'argv', ['script.py', *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.run(script.main)
-        text = capsys.readouterr().err
-        assert end.value.code == 2 and text.startswith('script.py: error: '), text
+        name = f'{script.__name__}.py'
+        ended = run_here(name, *arguments)
+        text = ended.stderr
+        assert ended.returncode == 2 and text.startswith(f'{name}: error: '), text
         assert text.count('\n') == 1 and len(text) < 1000, text
         return text
 

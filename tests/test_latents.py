@@ -131,7 +131,7 @@ def test_going_on_encodes_only_what_is_missing(tmp_path, images, small_chunks, m
 def test_going_on_with_another_vae_is_refused(tmp_path, images):
     with DatasetWriter(tmp_path / 'x.zip', encode_module.about_encoding(images, 'other', None)) as writer:
         writer.checkpoint({})
-    with pytest.raises(UserError, match=r'x.zip was begun with other vae; --overwrite begins anew'):
+    with pytest.raises(UserError, match=r'x.zip was started with other vae; --overwrite starts over'):
         encode(images, tmp_path / 'x.zip', resume=True)
 
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from networks.edm2.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
+from networks.edm2.magnitude import MPConv, mp_cat, mp_silu, mp_sum, normalize
+from networks.fourier import FourierFeatures
 
 
 @pytest.fixture
@@ -67,8 +68,8 @@ def test_mp_cat(g):
     torch.testing.assert_close(y[:, :3], a * math.sqrt(15 / 0.5) * 0.5 / math.sqrt(3))
 
 
-def test_mp_fourier(g):
-    layer = MPFourier(4096)
+def test_fourier_features(g):
+    layer = FourierFeatures(4096)
     layer.reset_parameters(g)
     y = layer(torch.tensor([0.0, 0.3]))
     assert y.dtype == torch.float32 and rms(y) == pytest.approx(1, abs=0.03)

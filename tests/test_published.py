@@ -818,7 +818,7 @@ def test_fine_tuning_for_other_classes(tmp_path, capsys):
     original = tiny_net(seed=5)
     path = files.write_published(tmp_path / 'net.pkl', original, torch.float32)
     weights, config = fine_tuning(tmp_path, path, classes=4)
-    assert 'what does not fit is left out or begins anew: unet.emb_label.weight' in capsys.readouterr().out
+    assert 'what does not fit is left out or starts from scratch: unet.emb_label.weight' in capsys.readouterr().out
     drawn = Denoiser(config.network, seed=config.seed).unet.emb_label.weight.detach()
     torch.testing.assert_close(weights['unet.emb_label.weight'], normalize(drawn), rtol=1e-3, atol=1e-3)
     expected = normalize(original.unet.out_conv.weight.detach())

@@ -184,7 +184,7 @@ def test_generate_by_preset_from_the_cache(tmp_path, run_script):
 
 
 def test_runs_can_start_from_published_weights(tmp_path):
-    """--init: other classes and no augmentation begin anew, another network is refused."""
+    """--init: other classes and no augmentation start from scratch, another network is refused."""
     path = str(files.write(tmp_path / 'net.pkl', files.edm_content(tiny())))
     for config in (tiny().config, tiny(label_dim=3).config, tiny(augment_dim=0).config):
         check_initial(path, config)

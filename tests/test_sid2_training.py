@@ -124,7 +124,7 @@ def test_finetuning_at_twice_the_resolution(sid2_config, run, tmp_path, capsys):
     )
     check_initial(config.init, config.network)
     weights = load_network(run('second', config) / 'network-snapshot-0000001-0.050.safetensors')[0].state_dict()
-    note = 'what does not fit is left out or begins anew: unet.emb_augment.weight'
+    note = 'what does not fit is left out or starts from scratch: unet.emb_augment.weight'
     assert f'the weights of {first}; {note}' in capsys.readouterr().out
     for name, tensor in original.items():  # a step at almost no learning rate, rounded to FP16
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-3)

@@ -48,7 +48,7 @@ def misfits(file: NetworkFile | PublishedNetworkFile, net: Denoiser) -> list[str
 
 
 def start_from(state: TrainState, source: str, offline: bool = False) -> None:
-    """Give a run that has not begun the weights of a file, and its averages with them.
+    """Give a run that has not started the weights of a file, and its averages with them.
 
     Embeddings of classes and augmentations stay as they were drawn where their number is another.
 
@@ -57,12 +57,12 @@ def start_from(state: TrainState, source: str, offline: bool = False) -> None:
         source: As in `check_initial`, which must have passed.
         offline: As there.
     """
-    assert state.nimg == 0, 'the run has begun'
+    assert state.nimg == 0, 'the run has started'
     with open_network(source, offline) as file, torch.no_grad():
         unfit = misfits(file, state.net)
         for name, tensor in state.net.state_dict().items():
             if name not in unfit:
                 tensor.copy_(file.get(name))
     state.begin_averages()
-    note = f'; what does not fit is left out or begins anew: {", ".join(unfit)}' if unfit else ''
+    note = f'; what does not fit is left out or starts from scratch: {", ".join(unfit)}' if unfit else ''
     distributed.print0(f'starting from the weights of {source}{note}')

@@ -29,7 +29,7 @@ class Inputs:
 
 
 def to_training_images(stored: torch.Tensor, numbers: Sequence[int], seed: int) -> torch.Tensor:
-    """Scale images to [-1, 1], or draw normalised latents anew, on the device where they are.
+    """Scale images to [-1, 1], or draw normalised latents, on the device where they are.
 
     The draw of a visit depends on (seed, image number) alone, so that neither ranks nor resuming change it.
 

@@ -231,7 +231,7 @@ def resume(state: TrainState, folder: Path, allow_rounding: bool = False) -> Non
     if len(set(positions)) > 1:
         raise UserError(f'ranks would resume at {", ".join(positions)} images; do all see the same folder {folder}?')
     if paths and not state.nimg:
-        raise UserError(f'no training state in {folder} can be read; remove them to begin anew')
+        raise UserError(f'no training state in {folder} can be read; remove them to start over')
     for path in broken if distributed.rank() == 0 else []:  # it shall not count as one of those that are kept
         path.rename(path.with_suffix('.unreadable'))
 

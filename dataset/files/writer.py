@@ -133,7 +133,7 @@ class DatasetWriter(contextlib.AbstractContextManager):
                         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _accepted_journal(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """What to continue from, None to begin anew."""
+        """What to continue from, None to start over."""
         if not self._journal_path.exists():
             return None
         try:
@@ -145,14 +145,14 @@ class DatasetWriter(contextlib.AbstractContextManager):
             other = sorted(name for name in {*about, *self._about} if about.get(name) != self._about.get(name))
             if other:
                 raise UserError(
-                    f'{self.dest} was begun with other {" and ".join(other)}; --overwrite begins anew, '
+                    f'{self.dest} was started with other {" and ".join(other)}; --overwrite starts over, '
                     f'as does removing {self.folder}'
                 )
             return journal
         if not overwrite:
             count = 'some' if journal is None else journal['count']
             raise UserError(
-                f'{self.dest} was stopped after {count} images; add --resume to continue, or --overwrite to begin anew'
+                f'{self.dest} was stopped after {count} images; add --resume to continue, or --overwrite to start over'
             )
         self._journal_path.unlink()
         return None
@@ -173,7 +173,7 @@ class DatasetWriter(contextlib.AbstractContextManager):
             if len(self._names) != count:
                 raise DamagedZipError(f'{count} images expected, found {len(self._names)}')
         except DamagedZipError as error:
-            raise UserError(f'{self.folder} cannot be continued: {error}; --overwrite begins anew') from None
+            raise UserError(f'{self.folder} cannot be continued: {error}; --overwrite starts over') from None
 
     def _kept_files(self, count: int) -> list[str]:
         """The first `count` files of the folder; those after them, written since the journal was, are removed."""

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from networks.edm.layers import Conv2d, GroupNorm, Init, Linear, positional_embedding, reset_parameters
+from networks.edm.layers import Conv2d, GroupNorm, Init, Linear, positional_embedding
 from networks.edm.unet import Block, Place, Style, UNetConfig, width_problems
-from networks.edm2.magnitude import MPFourier
+from networks.encoder_decoder import EncoderDecoder
+from networks.fourier import FourierFeatures
 from networks.interface import Interface
 
 INIT = Init('in', math.sqrt(1 / 3), math.sqrt(1 / 3))
@@ -57,7 +57,7 @@ class ADMConfig(UNetConfig):
         return found
 
 
-class ADM(nn.Module):
+class ADM(EncoderDecoder):
     """F of a denoiser: ADM.
 
     Args:
@@ -90,16 +90,6 @@ class ADM(nn.Module):
         self.out_norm = GroupNorm(config.width, EPS)
         self.out_conv = Conv2d(config.width, interface.out_channels, 3, INIT_ZERO)
 
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw all weights."""
-        reset_parameters(self, generator)
-
-    def stages(self) -> Iterator[tuple[str, nn.Module]]:
-        """Named parts in order of execution."""
-        yield from (('enc ' + name, part) for name, part in self.enc.items())
-        yield from (('dec ' + name, part) for name, part in self.dec.items())
-        yield 'output', self.out_conv
-
     def embed(self, c_noise: torch.Tensor, labels: torch.Tensor | None, augment: torch.Tensor | None) -> torch.Tensor:
         """What conditions the blocks, float32 [N, emb_channels]."""
         emb = positional_embedding(c_noise, self.config.model_channels, endpoint=False)
@@ -119,15 +109,10 @@ class ADM(nn.Module):
     ) -> torch.Tensor:
         """[N, C, H, W] in any float dtype, float32 [N], [N, label_dim], [N, augment_dim] -> [N, out, H, W]."""
         emb = self.embed(c_noise, labels, augment)
-        skips = []
-        for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
-            skips.append(x)
-        for name, layer in self.dec.items():
-            x = layer(torch.cat([x, skips.pop()], dim=1) if 'block' in name else x, emb)
+        x = self.blocks(x, emb)
         return self.out_conv(nn.functional.silu(self.out_norm(x)))
 
 
-def uncertainty_head(config: ADMConfig, channels: int) -> tuple[MPFourier, Linear]:
+def uncertainty_head(config: ADMConfig, channels: int) -> tuple[FourierFeatures, Linear]:
     """Features of c_noise, and the layer that makes u(sigma) of them, in the style of the network (EDM2's config B)."""
-    return MPFourier(channels, gain=1.0), Linear(channels, 1, INIT)
+    return FourierFeatures(channels, gain=1.0), Linear(channels, 1, INIT)

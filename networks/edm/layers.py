@@ -40,13 +40,6 @@ class Init:
                 tensor.copy_(z * (gain / math.sqrt(fan * math.prod(window))))
 
 
-def reset_parameters(net: nn.Module, generator: torch.Generator) -> None:
-    """Draw the weights and buffers of all layers of a network, in order."""
-    for module in net.modules():
-        if module is not net and hasattr(module, 'reset_parameters'):
-            module.reset_parameters(generator)
-
-
 def cast(tensor: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
     """A weight in x's dtype."""
     return None if tensor is None else tensor.to(x.dtype)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -16,9 +15,9 @@ from networks.edm.layers import (
     Init,
     Linear,
     positional_embedding,
-    reset_parameters,
 )
 from networks.edm.unet import Block, Place, Style, UNetConfig, width_problems
+from networks.encoder_decoder import EncoderDecoder
 from networks.interface import Interface
 
 INIT = Init('mean')
@@ -76,7 +75,7 @@ class SongConfig(UNetConfig):
         return width_problems([*encoder, *decoder])
 
 
-class SongUNet(nn.Module):
+class SongUNet(EncoderDecoder):
     """F of a denoiser: DDPM++, NCSN++ and their relatives.
 
     Args:
@@ -131,15 +130,6 @@ class SongUNet(nn.Module):
                 layers[f'{level}_aux_norm'] = GroupNorm(place.out_channels, EPS)
                 layers[f'{level}_aux_conv'] = Conv2d(place.out_channels, out, 3, INIT_ZERO)
         return nn.ModuleDict(layers)
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw all weights."""
-        reset_parameters(self, generator)
-
-    def stages(self) -> Iterator[tuple[str, nn.Module]]:
-        """Named parts in order of execution."""
-        yield from (('enc ' + name, part) for name, part in self.enc.items())
-        yield from (('dec ' + name, part) for name, part in self.dec.items())
 
     def embed(self, c_noise: torch.Tensor, labels: torch.Tensor | None, augment: torch.Tensor | None) -> torch.Tensor:
         """What conditions the blocks, float32 [N, emb_channels]; sines come before cosines here."""

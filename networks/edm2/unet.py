@@ -1,7 +1,7 @@
 """The U-Net of EDM2 and EDM2+ (EDM2 figure 22): magnitude-preserving blocks with any residual branch."""
 
+import functools
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -11,7 +11,9 @@ from dnnlib.errors import choose
 from networks.dropout import Dropout
 from networks.edm2.branches import BRANCHES, LAYERS, MODULATE, SILU
 from networks.edm2.config import EDM2Config
-from networks.edm2.magnitude import SILU_RMS, MPConv, MPFourier, mp_cat, mp_silu, mp_sum, mp_sum_gains, normalize
+from networks.edm2.magnitude import SILU_RMS, MPConv, mp_cat, mp_silu, mp_sum, mp_sum_gains, normalize
+from networks.encoder_decoder import EncoderDecoder
+from networks.fourier import FourierFeatures
 from networks.interface import Interface
 from networks.layout import features_format
 
@@ -135,7 +137,7 @@ class Block(nn.Module):
         return y
 
 
-class UNet(nn.Module):
+class UNet(EncoderDecoder):
     """F of the preconditioned denoiser: image and noise label to image, all features at unit magnitude.
 
     Args:
@@ -152,7 +154,7 @@ class UNet(nn.Module):
             LAYERS.get(step, ('',))[0] == 'depthwise' for step in BRANCHES[config.block].steps_of('dec')
         )
         self.out_gain = nn.Parameter(torch.empty(()))
-        self.emb_fourier = MPFourier(levels[0][2])
+        self.emb_fourier = FourierFeatures(levels[0][2])
         self.emb_noise = MPConv(levels[0][2], emb_channels, kernel=0)
         self.emb_label = MPConv(label_dim, emb_channels, kernel=0) if label_dim else None
 
@@ -191,15 +193,7 @@ class UNet(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith('_gain'):
                 nn.init.zeros_(parameter)
-        for module in self.modules():
-            if isinstance(module, MPConv | MPFourier):
-                module.reset_parameters(generator)
-
-    def stages(self) -> Iterator[tuple[str, nn.Module]]:
-        """Its parts, in order of execution."""
-        yield from (('enc ' + name, part) for name, part in self.enc.items())
-        yield from (('dec ' + name, part) for name, part in self.dec.items())
-        yield 'output', self.out_conv
+        super().reset_parameters(generator)
 
     def embed(self, c_noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """float32 [N] noise labels and [N, label_dim] class labels (None: none of the classes) -> [N, emb_channels]."""
@@ -223,12 +217,5 @@ class UNet(nn.Module):
         emb = self.embed(c_noise, labels)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         x = x.contiguous(memory_format=features_format(x.device, self.depthwise, self.training))
-        skips = []
-        for layer in self.enc.values():
-            x = layer(x) if isinstance(layer, MPConv) else layer(x, emb)
-            skips.append(x)
-        for name, layer in self.dec.items():
-            if 'block' in name:
-                x = mp_cat(x, skips.pop(), CONCAT_BALANCE)
-            x = layer(x, emb)
+        x = self.blocks(x, emb, join=functools.partial(mp_cat, t=CONCAT_BALANCE))
         return self.out_conv(x, gain=self.out_gain)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import gelu, pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention, silu
 
 from networks.dropout import Dropout
+from networks.fourier import FourierFeatures
 from networks.interface import Interface
 from networks.sid2.config import UViTConfig, group_count
 
@@ -97,24 +98,6 @@ class RMSNorm(nn.Module):
         return x if self.gain is None else x * self.gain.to(x.dtype)
 
 
-class Fourier(nn.Module):
-    """Random Fourier features of a scalar: sqrt(2) cos(2 pi (f x + u)), f ~ N(0, 1), u ~ U(0, 1) constant."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.register_buffer('freqs', torch.empty(channels))
-        self.register_buffer('phases', torch.empty(channels))
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw frequencies and phases."""
-        self.freqs.copy_(2 * math.pi * torch.randn(self.freqs.shape, generator=generator))
-        self.phases.copy_(2 * math.pi * torch.rand(self.phases.shape, generator=generator))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [N] -> float32 [N, channels]."""
-        return math.sqrt(2) * (x[:, None] * self.freqs + self.phases).cos()
-
-
 class ResBlock(nn.Module):
     """x + conv(dropout(silu(film(norm(conv(silu(norm(x)))))))), film by the embedding; at first the identity."""
 
@@ -194,7 +177,7 @@ class UViT(nn.Module):
         super().__init__()
         emb_channels, widths = config.emb_channels, config.channels
         self.config, self.interface = config, interface
-        self.emb_fourier = Fourier(emb_channels // 4)
+        self.emb_fourier = FourierFeatures(emb_channels // 4)
         self.emb_noise = nn.Sequential(
             Linear(emb_channels // 4, emb_channels), nn.SiLU(), Linear(emb_channels, emb_channels)
         )
@@ -225,7 +208,7 @@ class UViT(nn.Module):
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw all weights and constants, on the CPU whatever the device."""
         for module in self.modules():
-            if isinstance(module, Linear | GroupNorm | RMSNorm | Fourier):
+            if isinstance(module, Linear | GroupNorm | RMSNorm | FourierFeatures):
                 module.reset_parameters(generator)
 
     def stages(self) -> Iterator[tuple[str, nn.Module]]:
