@@ -19,7 +19,7 @@ from dnnlib.images import image_grid, save_png
 from dnnlib.signals import StopSignals
 from evaluation.measure import Evaluator, Generation, MeasureConfig
 from evaluation.options import measure_config, measure_options
-from networks.denoiser import Denoiser
+from networks.denoiser import EMULATED, Denoiser, is_emulated
 from networks.encoders import Encoder, load_encoder
 from sampling.config import SamplerConfig
 from sampling.pipeline import generate
@@ -87,12 +87,13 @@ main_group, recipe, execution, output = (
 @execution('--precision', type=str, metavar='fp32|bf16|fp16', help='Of the features.')
 @execution('--ls', 'loss_scaling', type=float, metavar='FLOAT', help='Factor on the loss, against underflow in FP16.')
 @execution('--compile/--no-compile', default=None, help='Compile the network.')
+@execution('--tf32/--no-tf32', default=None, help='On a GPU: faster products of float32, of 10 bits of mantissa.')
 @execution('--workers', type=int, metavar='INT', help='Data loading processes beside each rank.')
 @execution('--device', metavar='NAME', help='cpu or cuda; by default the GPU where there is one.')
 @execution('--offline', is_flag=True, help='Download nothing; a URL comes from the cache.')
 @execution('--slice', type=cli.NIMG, help='Stop after so many images, to be resumed by the same command.')
 @execution('--nonfinite-steps', type=int, metavar='INT', help='Stop when as many steps in a row had bad gradients.')
-@execution('--allow-rounding', is_flag=True, help='Resume although --precision, --compile or --batch-gpu differ.')
+@execution('--allow-rounding', is_flag=True, help='Resume although what changes rounding differs.')
 @output('--status', type=cli.NIMG, help='Interval of status lines.')
 @output('--preview', type=cli.NIMG, help='Interval of sample grids.')
 @measure_options(False, 'What the metrics compare with; by default the training data; may be repeated.', output)
@@ -150,6 +151,9 @@ def main(
         measure = make_measure(config, chosen, measuring, metric_seeds, vae) if measuring.metrics else None
         folder = make_folder(outdir)
         notes = [f'command: python {shlex.join(sys.argv)}']
+        if is_emulated(config.precision, chosen):
+            notes.append(f'warning: {EMULATED}')
+            distributed.print0(notes[-1])
         config = with_micro_batch(config, folder, chosen, notes)
         train(
             config,

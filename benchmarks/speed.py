@@ -24,7 +24,7 @@ import torch
 from networks.complexity import complexity
 from networks.denoiser import Denoiser
 from networks.edm2 import unet
-from networks.edm2.magnitude import SILU_RMS, MPConv, mp_silu, normalize
+from networks.folding import Folding
 from sampling.portions import Execution, evaluating
 from torch_utils import distributed
 from training.inputs import training_inputs
@@ -35,27 +35,13 @@ REFERENCE = 'edm2-img64-s'
 TABLE4 = {'latency': 0.998 / 2.069, 'throughput': 1 / 1.3, 'memory': 0.87}  # EDM2+ to EDM2; the first on a CPU
 
 
-def as_written(layer: MPConv, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """EDM2's algorithm 1; constants that we fold into the weight multiply the output, and MP-SiLU's is in MP-SiLU."""
-    if layer.training:
-        with torch.no_grad():
-            layer.weight.copy_(normalize(layer.weight))
-    factor = 1.0
-    if not isinstance(gain, torch.Tensor):
-        factor, gain = gain * (SILU_RMS if gain > 0.5 and gain != 1 else 1), 1.0  # 0.39, the attention's, has none
-    w = (normalize(layer.weight) * (gain / math.sqrt(layer.weight[0].numel()))).to(x.dtype)
-    y = x @ w.t() if w.ndim == 2 else torch.nn.functional.conv2d(x, w, padding=w.shape[-1] // 2, groups=layer.groups)
-    return y if math.isclose(factor, 1) else y * factor
-
-
 @contextlib.contextmanager
 def formulation() -> Iterator[None]:
     """Let networks of EDM2's kind be what the papers write."""
     mine = {
-        (MPConv, 'forward'): as_written,
-        (MPConv, 'settle'): lambda layer: None,
-        (unet, 'silu'): mp_silu,
+        (unet.Block, 'fused'): False,
         (unet, 'features_format'): lambda *_: torch.contiguous_format,
+        (Folding, 'weight_for'): lambda layer, x, *args: layer.used_weight(*args).to(x.dtype),  # whatever is folded
     }
     ours = {key: getattr(*key) for key in mine}
     try:

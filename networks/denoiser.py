@@ -12,6 +12,8 @@ from networks.families import ARCHITECTURES, FAMILIES
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
+EMULATED = 'this CPU emulates bf16, which is very slow: --precision=fp32 is faster'
+
 
 def is_emulated(precision: str, device: torch.device) -> bool:
     """Whether an x86 CPU has no units for such features, and takes many times as long as for float32."""

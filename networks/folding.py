@@ -6,21 +6,26 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from networks.layout import packed
+
 
 class Folding(nn.Module):
     """A layer whose `used_weight(...)` is computed in every call, within `folded` in the first one alone."""
 
+    groups = 1
     folding = False
     settled = False
     kept: torch.Tensor | None = None
+    kept_for: tuple = ()
 
-    def weight_as(self, dtype: torch.dtype, *args) -> torch.Tensor:
-        """`used_weight(*args)`, cast to `dtype`."""
-        if self.kept is not None and self.kept.dtype == dtype:
+    def weight_for(self, x: torch.Tensor, *args) -> torch.Tensor:
+        """`used_weight(*args)`, cast to x's dtype; `folded`, in the layout that is fastest for x."""
+        if self.kept is not None and self.kept_for == (x.dtype, x.shape):
             return self.kept
-        weight = self.used_weight(*args).to(dtype)
+        weight = self.used_weight(*args).to(x.dtype)
         if self.folding:
-            self.kept = weight
+            weight = packed(weight, x, self.groups)
+            self.kept, self.kept_for = weight, (x.dtype, x.shape)
         return weight
 
     def settle(self) -> None:

@@ -1,4 +1,4 @@
-"""In which memory layout features are fastest, as measured (docs/performance.md)."""
+"""In which memory layout features and weights are fastest, as measured (docs/performance.md)."""
 
 import torch
 
@@ -14,6 +14,35 @@ def features_format(device: torch.device, depthwise: bool, training: bool) -> to
     if device.type != 'cpu' or depthwise or not training or _has_amx():
         return torch.channels_last
     return torch.contiguous_format
+
+
+def packed(weight: torch.Tensor, x: torch.Tensor, groups: int) -> torch.Tensor:
+    """A convolution's weight in the order that oneDNN's kernel reads, which else copies it in every call: same bits.
+
+    At 8x8 pixels that copy takes up to twice as long as the convolution itself. Weights that PyTorch gives to other
+    kernels, and matrices, stay as they are.
+
+    Args:
+        weight: float [Cout, Cin / groups, kh, kw], without a gradient.
+        x: [N, Cin, H, W], as the features will be; oneDNN chooses by their shape, and may be very slow with another.
+        groups: Of channels.
+    """
+    if weight.ndim != 4 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return weight
+    padding, one = [weight.shape[-1] // 2] * 2, [1, 1]
+    chosen = torch._C._select_conv_backend(x, weight, None, one, padding, one, False, [0, 0], groups)
+    if chosen.name != 'Mkldnn':
+        return weight
+    return torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), padding, one, one, groups, x.shape)
+
+
+def conv2d(x: torch.Tensor, weight: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """Convolution of [N, Cin, H, W] with `same` padding; the weight may be `packed`."""
+    padding = weight.shape[-1] // 2
+    if not weight.is_mkldnn:
+        return torch.nn.functional.conv2d(x, weight, padding=padding, groups=groups)
+    one, nothing = [1, 1], ('none', (), '')  # stride and dilation; fused with it
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, None, [padding] * 2, one, one, groups, *nothing)
 
 
 def _has_amx() -> bool:

@@ -18,6 +18,7 @@ import torch
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.folding import folded
+from torch_utils.tf32 import tf32
 
 LARGEST_PORTION = 16  # images; tiny networks take as long for one as for several
 PORTION_FEATURES = 2**18  # features of the finest level that are worth a call
@@ -30,10 +31,12 @@ class Execution:
     Args:
         exact: On a CPU, whether the bits are to be the same for every number of threads.
         compiled: Whether to compile the networks; takes minutes, unless PyTorch's cache on disk holds them already.
+        tf32: On a GPU, whether products of float32 may be of TF32 (10 bits of mantissa).
     """
 
     exact: bool = False
     compiled: bool = False
+    tf32: bool = False
 
 
 EAGER = Execution()
@@ -60,15 +63,18 @@ class Portions:
         net: The network, in evaluation mode.
         size: Images at a time; a last portion is filled up with copies of its last image.
         workers: Threads that evaluate portions; None evaluates them one after the other in the caller's thread.
-        compiled: Whether to compile it, for portions of this size.
+        execution: How; it is compiled for portions of this size.
     """
 
-    def __init__(self, net: Denoiser, size: int, workers: ThreadPoolExecutor | None = None, compiled: bool = False):
+    def __init__(
+        self, net: Denoiser, size: int, workers: ThreadPoolExecutor | None = None, execution: Execution = EAGER
+    ):
         self.net = net
         self.size = size
         self.workers = workers
-        self.forward = torch.compile(net, dynamic=False) if compiled else net
-        self.ready = not compiled
+        self.tf32 = execution.tf32 and workers is None  # it is a setting of all threads together
+        self.forward = torch.compile(net, dynamic=False) if execution.compiled else net
+        self.ready = not execution.compiled
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """As `Denoiser.forward`: float [N, C, H, W], scalar sigma, float [N, label_dim] or None -> [N, C, H, W]."""
@@ -87,12 +93,13 @@ class Portions:
 
     @torch.inference_mode()  # it is a state of each thread
     def _evaluate(self, x, sigma, labels):
-        return self.forward(x, sigma, labels)
+        with tf32(True) if self.tf32 else contextlib.nullcontext():
+            return self.forward(x, sigma, labels)
 
     @torch.inference_mode()
     def _prepare(self, x, sigma, labels):
         self.net(x, sigma, labels)
-        self.forward(x, sigma, labels)
+        self._evaluate(x, sigma, labels)
         self.ready = True
 
 
@@ -109,16 +116,15 @@ def evaluating(nets: list[Denoiser], batch_size: int, execution: Execution = EAG
     with folded(nets):
         if not nets or nets[0].device.type != 'cpu':
             sizes = [batch_size * (1 + any(net is other for other in nets[:i])) for i, net in enumerate(nets)]
-            yield [Portions(net, size, None, execution.compiled) for net, size in zip(nets, sizes, strict=True)]
+            yield [Portions(net, size, None, execution) for net, size in zip(nets, sizes, strict=True)]
             return
         sizes = [portion_size(net.config) for net in nets]
         if max(sizes) == 1 and not execution.exact:
-            yield [Portions(net, 1, None, execution.compiled) for net in nets]
+            yield [Portions(net, 1, None, execution) for net in nets]
             return
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(threads, 'evaluating', torch.set_num_threads, (1,)) as workers:
             try:
-                pairs = zip(nets, sizes, strict=True)
-                yield [Portions(net, size, workers, execution.compiled) for net, size in pairs]
+                yield [Portions(net, size, workers, execution) for net, size in zip(nets, sizes, strict=True)]
             finally:
                 torch.set_num_threads(threads)  # the workers' setting holds for all threads to come

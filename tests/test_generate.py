@@ -98,7 +98,8 @@ def test_record(generate, nets, tmp_path):
         '--class=7', '--subdirs', '--rho=7', '--exact', steps=9, seeds='3,999-1001',
     )  # fmt: skip
     record = json.loads((tmp_path / 'out/generation.json').read_text())
-    assert record['execution'] == {'exact': True, 'compiled': False} and record['threads'] == torch.get_num_threads()
+    assert record['execution'] == {'exact': True, 'compiled': False, 'tf32': False}
+    assert record['threads'] == torch.get_num_threads()
     assert record['complete'] is True and record['seeds'] == [3, 999, 1000, 1001] and record['classes'] == [7]
     for which, file in (('net', 'net'), ('guiding_net', 'guide')):
         content = (nets / f'{file}.safetensors').read_bytes()

@@ -16,12 +16,17 @@ from networks.edm2.branches import BRANCHES
 from networks.edm2.magnitude import MPConv
 from networks.folding import settled
 from networks.layout import features_format
+from sampling import portions
 from sampling.options import note_execution
-from sampling.portions import EAGER
+from sampling.portions import EAGER, Execution
 from tests.test_networks import golden_inputs, golden_net
+from tests.test_sampling import busy, images_of
+from torch_utils.tf32 import tf32
 from training.config import Averages
+from training.monitor.timing import PhaseTimer
 from training.presets.table import get_preset
 from training.state import TrainState
+from training.step import Stepper
 
 
 @pytest.mark.parametrize('name', BRANCHES)
@@ -94,6 +99,22 @@ def test_emulated_precisions(monkeypatch, capsys):
     assert 'emulates bf16' in capsys.readouterr().err
     monkeypatch.delattr(torch.cpu, '_is_amx_tile_supported')
     assert not denoiser.is_emulated('bf16', cpu)  # nobody knows
+
+
+def test_tf32_of_networks_alone(tiny_config, monkeypatch):
+    backends, seen = (torch.backends.cudnn, torch.backends.cuda.matmul), []
+    look = lambda *_: seen.append([backend.allow_tf32 for backend in backends])  # noqa: E731
+    monkeypatch.setattr(portions, 'PORTION_FEATURES', 1)  # as on a GPU, no threads beside each other
+    net = busy(tiny_config)
+    net.register_forward_pre_hook(look)
+    state = TrainState(replace(get_preset('edm2plus-digits'), network=tiny_config, tf32=True), torch.device('cpu'))
+    monkeypatch.setattr(state.method, 'step', look)
+    with tf32(False):
+        images_of(net, range(1), sampler={'steps': 1}, execution=Execution(tf32=True))
+        images_of(net, range(1), sampler={'steps': 1}, execution=EAGER)
+        Stepper(state, iter([]), PhaseTimer(torch.device('cpu')))()
+        look()
+    assert seen == [[True] * 2, [False] * 2, [True] * 2, [False] * 2]
 
 
 def test_averages_every_few_steps(tiny_config):

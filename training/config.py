@@ -36,7 +36,7 @@ FREE_TO_CHANGE = {
     'result',
 }
 # Fields that leave the mathematics as they are but not the rounding; a resumed run may change them when told to.
-ROUNDING = {'micro_batch', 'precision', 'compile'}
+ROUNDING = {'micro_batch', 'precision', 'compile', 'tf32'}
 KIMG = 1000  # file names of snapshots and states count in thousands of images
 LAST_OF_EDM2_ALONE = '9b41b86'  # the commit before there were several families: configs had another shape
 
@@ -103,6 +103,7 @@ class TrainConfig:
         held_out: Share of the data that is not trained on but evaluated at every snapshot.
         precision: Of the network's features.
         compile: Whether to compile the network.
+        tf32: Whether a GPU may round factors of float32 products to 10 bits of mantissa.
         seed: Of initial weights, data order and noise.
         workers: Processes that load data beside each rank.
         init: Network file, path or URL, whose weights the run began with; None where they were drawn.
@@ -139,6 +140,7 @@ class TrainConfig:
     held_out: float = 0.0
     precision: str = 'fp32'
     compile: bool = False
+    tf32: bool = False
     seed: int = 0
     workers: int = 0
     init: str | None = None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from dataset.order import Batch
 from torch_utils import distributed
+from torch_utils.tf32 import tf32
 from training.inputs import Inputs, training_inputs
 from training.monitor.step_stats import StepStats
 from training.monitor.timing import PhaseTimer
@@ -27,7 +28,8 @@ class Stepper:
     def __call__(self) -> StepStats:
         """Train on the next `config.batch` images; return sums that are still on the device."""
         state = self.state
-        stats = state.method.step(self._inputs(), state.nimg, self.timer)
+        with tf32(state.config.tf32):
+            stats = state.method.step(self._inputs(), state.nimg, self.timer)
         state.nimg += state.config.batch
         with self.timer.phase('ema'):
             state.update_averages()

@@ -65,7 +65,9 @@ class Update:
                 tensors = next(arguments)
             if self.loss is None:
                 self.loss = self._prepared(tensors)
-            with timer.phase('forward/backward'), self._gradients_travel(round_ == self.rounds - 1):
+            alone = round_ < self.rounds - 1 and isinstance(self.loss, DistributedDataParallel)
+            # Gradients travel between ranks once, in the last round.
+            with timer.phase('forward/backward'), self.loss.no_sync() if alone else contextlib.nullcontext():
                 sigma, losses, errors = self.loss(*tensors)
                 (losses.sum() * scale).backward()
                 stats.losses.add(sigma, losses.detach(), errors.detach())
@@ -85,8 +87,3 @@ class Update:
             return DistributedDataParallel(
                 loss, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
             )
-
-    def _gradients_travel(self, now: bool) -> contextlib.AbstractContextManager:
-        """Gradients travel between ranks once, in the last round."""
-        parallel = isinstance(self.loss, DistributedDataParallel)
-        return self.loss.no_sync() if parallel and not now else contextlib.nullcontext()

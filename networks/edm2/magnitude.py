@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from networks.folding import Folding
+from networks.layout import conv2d
 
 NORM_EPS = 1e-4  # keeps normalize() defined at zero
 SILU_RMS = 0.596  # root mean square of silu(x) for x ~ N(0, 1), as EDM2 rounds it
@@ -79,10 +80,8 @@ class MPConv(Folding):
         """[N, Cin, H, W] -> [N, Cout, H, W], or [N, Cin] -> [N, Cout] for a linear layer, in x's dtype."""
         if self.training and not self.settled:
             self.settle()
-        w = self.weight_as(x.dtype, gain)
-        if w.ndim == 2:
-            return x @ w.t()
-        return nn.functional.conv2d(x, w, padding=w.shape[-1] // 2, groups=self.groups)
+        w = self.weight_for(x, gain)
+        return x @ w.t() if w.ndim == 2 else conv2d(x, w, self.groups)
 
     def settle(self) -> None:
         """Overwrite the stored weight by its normalized version."""

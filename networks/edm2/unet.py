@@ -41,7 +41,8 @@ def cosine_attention(qkv: torch.Tensor, channels_per_head: int) -> torch.Tensor:
     """
     n, c3, h, w = qkv.shape
     qkv = qkv.permute(0, 2, 3, 1).reshape(n, h * w, c3 // 3 // channels_per_head, channels_per_head, 3)
-    q, k, v = (part.transpose(1, 2) for part in normalize(qkv, dims=(3,)).unbind(dim=-1))  # [N, heads, H W, d]
+    # {q, k, v}, N, heads, H W, d: attention in one kernel wants d without gaps
+    q, k, v = normalize(qkv.permute(4, 0, 2, 1, 3).contiguous(), dims=(4,))
     y = nn.functional.scaled_dot_product_attention(q, k, v)
     return y.transpose(1, 2).reshape(n, h, w, c3 // 3).permute(0, 3, 1, 2)
 
