@@ -96,7 +96,7 @@ def test_what_a_cpu_can_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'benchmarks').glob('*.py')))
+@pytest.mark.parametrize('name', [*sorted(path.stem for path in (ROOT / 'benchmarks').glob('*.py')), 'study'])
 def test_benchmarks_say_what_they_take(name, tmp_path):
     process = subprocess.run(
         [sys.executable, '-m', f'benchmarks.{name}', '--help'], cwd=ROOT, capture_output=True, text=True, timeout=60
