@@ -13,7 +13,7 @@ import torch
 from benchmarks.study import __main__ as study
 from benchmarks.study import drawing
 from benchmarks.study.judge import train_classifier
-from benchmarks.study.recipes import FULL, QUICK, ROWS, at_rate, closest, config_of, durations, operations
+from benchmarks.study.recipes import FULL, QUICK, ROWS, at_rate, closest, config_of, durations, next_rate, operations
 from dataset.reader import ImageDataset
 from tests.conftest import ROOT
 from tests.helpers import make_archive
@@ -77,6 +77,14 @@ def test_the_classifier_learns_and_is_always_the_same():
     assert torch.equal(train_classifier(images, labels, 10)(images)[1], logits)
 
 
+def test_rates_are_tried_beyond_the_ends():
+    assert [next_rate({}), next_rate({1.0: 3.0}), next_rate({1.0: 3.0, 2.0: 2.0})] == [1.0, 2.0, 4.0]
+    found = {1.0: 3.0, 2.0: 2.0, 4.0: 1.0}
+    assert next_rate(found) == 8.0 and next_rate(found | {8.0: 0.9}) == 16.0
+    assert next_rate(found | {8.0: 1.1}) is None and next_rate(found | {8.0: 0.9, 16.0: 0.8}) is None
+    assert next_rate({1.0: 1.0, 2.0: 2.0, 4.0: 3.0}) == 0.5
+
+
 def test_spread_is_over_seeds():
     lines = [{'x': x, 'y': y} for x, y in ((2, 1.0), (1, 4.0), (2, 5.0), (1, None), (None, 7.0), (2, 3.0))]
     assert drawing.spread(lines, 'x', 'y') == ([1, 2], [4.0, 3.0], [4.0, 1.0], [4.0, 5.0])
@@ -87,7 +95,7 @@ def test_tables_and_plots(digits, tmp_path):
     judge = type('', (), {'dataset': digits})()
     for name, seeds in (('A', 2), ('G', 0)):
         work = study.Work(name, tmp_path, judge, QUICK)
-        for factor in study.GRID[: 3 if seeds else 1]:
+        for factor in (1.0, 2.0, 4.0, 0.5)[: 4 if seeds else 1]:
             work._add('trial', factor=factor, lr=factor, nimg=1024, error=abs(factor - 1), seconds=0.001 * factor)
         for seed in range(seeds):
             for nimg, stds in work.points().items():
@@ -101,12 +109,12 @@ def test_tables_and_plots(digits, tmp_path):
     assert {name: len(lines) for name, lines in found.items()} == {
         'results': 10,
         'noise': 12,
-        'rates': 4,
+        'rates': 5,
         'networks': 2,
     }
-    assert [line['chosen'] for line in found['rates']] == ['False', 'True', 'False', 'False']
-    assert found['networks'][0]['training_seconds'] == 0.001 and found['networks'][1]['sampling_seconds'] is None
-    assert found['results'][-1]['training_seconds'] == pytest.approx(2.048)
+    assert [line['chosen'] for line in found['rates']] == ['True', 'False', 'False', 'False', 'False']
+    assert found['networks'][0]['training_seconds'] == 0.002 and found['networks'][1]['sampling_seconds'] is None
+    assert found['results'][-1]['training_seconds'] == pytest.approx(4.096)
     assert found['results'][-1]['operations'] == 2048 * found['networks'][0]['operations']
     assert [line['ln_sigma_from'] for line in found['noise'][:3]] == [None, -1.0, 1.0]
     drawing.draw(tmp_path)

@@ -2,7 +2,7 @@
 
 python -m benchmarks.study --outdir=demo/study
 
-Every row's learning rate is the best of three, each tried for a short run. No learning rate here depends on the length
+Every row's learning rate is the best of some, each tried for a short run. No learning rate here depends on the length
 of a run, so that the beginning of a longer run is a shorter one: a row is trained once, for as many operations as A,
 and what it was after as many images as A is read off its snapshots. What is done already is not done again; several
 processes may work on different rows in one folder.
@@ -26,7 +26,7 @@ from benchmarks.study import drawing
 from benchmarks.study.judge import CPU, Judge
 from benchmarks.study.recipes import (
     FULL,
-    GRID,
+    MOST_RATES,
     QUICK,
     ROWS,
     STD,
@@ -35,6 +35,7 @@ from benchmarks.study.recipes import (
     at_rate,
     config_of,
     durations,
+    next_rate,
     operations,
     slug,
 )
@@ -87,10 +88,10 @@ class Work:
         """Do what is missing; yields after each part, with its name."""
         with locked_folder(self.folder):
             mend_records(self.log)
-            for factor in GRID:
+            while (factor := next_rate(self._errors())) is not None:
                 self._try_rate(factor)
                 yield f'learning rate {factor}'
-            best = min(self._records('trial'), key=lambda record: record['error'])['factor']
+            best = min(self._errors(), key=self._errors().__getitem__)
             for seed in seeds:
                 config = at_rate(self.base, best, seed)
                 run = self._train(config, best, self.equal_operations)
@@ -107,8 +108,8 @@ class Work:
         return {nimg: STDS if nimg in ends else (STD,) for nimg in sorted(times)}
 
     def parts(self, seeds: Iterable[int]) -> int:
-        """How often `run` yields."""
-        return len(GRID) + len(list(seeds)) * (1 + len(self.points()))
+        """How often `run` yields at most."""
+        return MOST_RATES + len(list(seeds)) * (1 + len(self.points()))
 
     def _records(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in read_records(self.log, ('kind',)) if record['kind'] == kind]
@@ -126,9 +127,11 @@ class Work:
             raise UserError(f'stopped by {signals.received}; the same command resumes')
         return run
 
+    def _errors(self) -> dict[float, float]:
+        """By the learning rates that were tried."""
+        return {record['factor']: record['error'] for record in self._records('trial')}
+
     def _try_rate(self, factor: float) -> None:
-        if any(record['factor'] == factor for record in self._records('trial')):
-            return
         config, start = at_rate(self.base, factor, 0), time.process_time()
         whole = not (self.folder / f'lr{factor:g}-seed0').exists()
         run = self._train(config, factor, self.scale.trial)
@@ -161,7 +164,7 @@ class Work:
         measured.sort(key=lambda r: (r['seed'], r['nimg'], r['ema_std']))
         cost = complexity(self.base.network)
         seconds = median([t['seconds'] for t in trials if t['seconds']])
-        chosen = min(trials, key=lambda t: t['error'], default=None) if len(trials) == len(GRID) else None
+        chosen = None if next_rate(self._errors()) else min(trials, key=lambda t: t['error'])
         noise = []
         for r in [r for r in measured if r['ema_std'] == STD]:
             edges = [None, *r['by_noise']['ln_sigma_edges'], None]

@@ -1,7 +1,7 @@
 """The rows of the study: networks of like cost, and what each is trained with."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from dataset.reader import ImageDataset
 from networks.complexity import complexity
@@ -13,7 +13,8 @@ from training.presets.table import make_config
 STDS = (0.050, 0.100, 0.150, 0.200)  # EMA lengths that are measured; the first two are tracked
 STD = 0.100  # of what is measured over training time
 BATCH = 32
-GRID = (0.5, 1.0, 2.0)  # learning rates tried, relative to the preset's
+GRID = (1.0, 2.0, 4.0)  # learning rates tried first, relative to the preset's
+MOST_RATES = 5  # that are tried of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Scale:
         return max(self.images // 16, 1024)
 
 
-FULL = Scale(width=32, images=16 * 1024, trial=4 * 1024, samples=500, steps=12, epochs=8)
+FULL = Scale(width=32, images=12 * 1024, trial=3 * 1024, samples=500, steps=10, epochs=8)
 QUICK = Scale(width=16, images=2 * 1024, trial=1024, samples=50, steps=4, epochs=2)
 
 
@@ -143,6 +144,18 @@ def at_rate(config: TrainConfig, factor: float, seed: int) -> TrainConfig:
     """The config with a learning rate of the grid and a seed."""
     optimizer: Optimizer = dataclasses.replace(config.optimizer, lr=factor * config.optimizer.lr)
     return dataclasses.replace(config, optimizer=optimizer, seed=seed)
+
+
+def next_rate(errors: Mapping[float, float]) -> float | None:
+    """The learning rate to try after those with these errors: beyond the best one, where it is the least or largest.
+
+    None where enough were tried.
+    """
+    if missing := [factor for factor in GRID if factor not in errors]:
+        return missing[0]
+    best = min(errors, key=errors.__getitem__)
+    beyond = {min(errors): best / 2, max(errors): best * 2}
+    return beyond.get(best) if len(errors) < MOST_RATES else None
 
 
 def durations(own: int, of_a: int, scale: Scale) -> tuple[int, int]:
