@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch._dynamo import config as dynamo_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from networks.denoiser import Denoiser
 from networks.edm2.branches import BRANCHES
@@ -12,6 +13,7 @@ from networks.edm2.magnitude import normalize
 from networks.edm2.unet import Block, cosine_attention
 from tests.helpers import edm2_network, needs_compiler
 from tests.test_networks import golden_inputs, golden_net
+from training.presets.table import get_preset
 
 # Every layer rounds to 8 bits of mantissa (bfloat16: 4e-3) or 11 (float16: 5e-4); errors of some thirty layers add
 # up at random. F and F* have gradients ten times those of the others at these weights, and errors likewise.
@@ -78,6 +80,15 @@ def test_attention_is_the_written_formula(tiny_config):
     weights = torch.einsum('nhdq,nhdk->nhqk', q, k / math.sqrt(c // heads)).softmax(dim=3)
     y = torch.einsum('nhqk,nhdk->nhdq', weights, v).reshape(n, c, h, w)
     torch.testing.assert_close(cosine_attention(block.attn_qkv(x), c // heads), y, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('preset', ['edm2plus-digits', 'edm-digits', 'sid2-digits'])
+def test_attention_is_one_kernel(preset):
+    """Where nothing but fused attention is allowed, it is not refused: it wants q, k and v without gaps."""
+    net = Denoiser(get_preset(preset).network).eval()
+    x = torch.ones(2, *net.config.image_shape)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():
+        assert net(x, torch.ones(2)).shape == x.shape
 
 
 @pytest.mark.parametrize('name', BRANCHES)

@@ -199,6 +199,7 @@ class Block(nn.Module):
         """softmax(q k / sqrt(d)) v of qkv [N, 3 C, H, W] with channels in the order (head, channel, {q, k, v})."""
         n, c3, h, w = qkv.shape
         head = self.style.channels_per_head or c3 // 3
-        q, k, v = qkv.reshape(n, c3 // 3 // head, head, 3, h * w).permute(3, 0, 1, 4, 2)  # [N, heads, H W, d] each
+        # {q, k, v}, N, heads, H W, d: attention in one kernel wants d without gaps
+        q, k, v = qkv.reshape(n, c3 // 3 // head, head, 3, h * w).permute(3, 0, 1, 4, 2).contiguous()
         y = nn.functional.scaled_dot_product_attention(q, k, v)
         return y.transpose(2, 3).reshape(n, c3 // 3, h, w)
