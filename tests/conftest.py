@@ -49,9 +49,7 @@ def run_script(tmp_path):
         if ranks:
             torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
             head = [*torchrun, str(ROOT / script)]
-        # The exception: gradients of 1x1 kernels come in another (equivalent) layout than DDP's buckets have.
-        warnings = 'error,ignore:Grad strides do not match bucket view strides'
-        environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'PYTHONWARNINGS': warnings, **(env or {})}
+        environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'PYTHONWARNINGS': 'error', **(env or {})}
         return subprocess.run(
             [*head, *map(str, args)], capture_output=True, text=True, cwd=tmp_path, timeout=timeout, env=environment
         )

@@ -81,6 +81,9 @@ class Update:
         _, losses, _ = self.plain.eval()(*tensors)
         found = torch.autograd.grad(losses.sum(), self.parameters, allow_unused=True)
         self.plain.train()
+        for parameter in self.parameters:
+            if parameter.ndim == 4 and 1 in parameter.shape[1:]:  # of several strides that mean the same, the buckets'
+                parameter.register_hook(lambda gradient: gradient.flatten().view_as(gradient))
         with warnings.catch_warnings():  # the argument has another name from torch 2.13 on, which older ones lack
             warnings.simplefilter('ignore', FutureWarning)
             unused = any(gradient is None for gradient in found)
