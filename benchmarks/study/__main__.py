@@ -22,7 +22,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from benchmarks.study import drawing
+from benchmarks.study import drawing, tables
 from benchmarks.study.judge import CPU, Judge
 from benchmarks.study.recipes import (
     FULL,
@@ -251,6 +251,7 @@ def main(outdir: Path, rows: str, seeds: list[int], quick: bool) -> None:
     works = [Work(name, outdir, judge, scale) for name in ROWS if (outdir / slug(name) / MEASURED).exists()]
     write_tables(works, outdir)
     drawing.draw(outdir)
+    click.echo(tables.markdown(outdir))
 
 
 if __name__ == '__main__':

@@ -1,8 +1,6 @@
 """The plots of docs/study.md, from its tables alone, and its picture of drawn digits."""
 
-import csv
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.study.recipes import ROWS, STD, slug
+from benchmarks.study.tables import spread, table
 from dnnlib.files import atomic_path
 
 COLORS = {name: f'C{i}' for i, name in enumerate(ROWS)}
 METRICS = {'error': 'held-out error', 'fd_pixels': 'fd_pixels'}
-
-
-def table(path: Path) -> list[dict[str, Any]]:
-    """Lines of a CSV file, numbers as such, None where there is nothing."""
-
-    def value(text: str) -> Any:
-        try:
-            return float(text)
-        except ValueError:
-            return text or None
-
-    with open(path, newline='', encoding='utf-8') as file:
-        return [{key: value(text) for key, text in line.items()} for line in csv.DictReader(file)]
-
-
-def spread(
-    lines: Iterable[dict[str, Any]], x: str, y: str
-) -> tuple[list[float], list[float], list[float], list[float]]:
-    """x, and over the seeds mean, least and largest y, sorted by x; lines without a number are left out."""
-    found = defaultdict(list)
-    for line in lines:
-        if line[x] is not None and line[y] is not None:
-            found[line[x]].append(line[y])
-    xs = sorted(found)
-    return xs, [float(np.mean(found[v])) for v in xs], [min(found[v]) for v in xs], [max(found[v]) for v in xs]
 
 
 def curves(
