@@ -24,7 +24,7 @@ import torch
 from networks.complexity import complexity
 from networks.denoiser import Denoiser
 from networks.edm2 import unet
-from networks.folding import Folding
+from networks.edm2.magnitude import MPConv, normalize
 from sampling.portions import Execution, evaluating
 from torch_utils import distributed
 from training.inputs import training_inputs
@@ -35,13 +35,19 @@ REFERENCE = 'edm2-img64-s'
 TABLE4 = {'latency': 0.998 / 2.069, 'throughput': 1 / 1.3, 'memory': 0.87}  # EDM2+ to EDM2; the first on a CPU
 
 
+def as_written(layer: MPConv, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """The weight of EDM2's algorithm 1, whatever is kept."""
+    return (normalize(layer.weight) * (gain / math.sqrt(layer.weight[0].numel()))).to(x.dtype)
+
+
 @contextlib.contextmanager
 def formulation() -> Iterator[None]:
     """Let networks of EDM2's kind be what the papers write."""
     mine = {
         (unet.Block, 'fused'): False,
         (unet, 'features_format'): lambda *_: torch.contiguous_format,
-        (Folding, 'weight_for'): lambda layer, x, *args: layer.used_weight(*args).to(x.dtype),  # whatever is folded
+        (MPConv, 'weight_for'): as_written,
+        (MPConv, 'is_packed'): property(lambda layer: False),
     }
     ours = {key: getattr(*key) for key in mine}
     try:

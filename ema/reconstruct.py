@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ from ema.power import STD_LIMIT, Combination, solve
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, fitting_network, open_network
 from torch_utils.tensor_files import MappedTensors
-from torch_utils.threads import one_thread
+from torch_utils.threads import one_thread_each
 
 FILES_AT_ONCE = 16  # snapshots that are combined in one multiplication
 LARGEST_LENGTHS = 2**20  # bytes of a file of lengths
@@ -251,10 +250,8 @@ class Plan:
             for name in names
         }
         title = 'combining' if parts == 1 else f'combining, one of {parts} passes'
-        threads = torch.get_num_threads()
         with (
-            one_thread(),  # threads that share such small pieces are slower than threads with pieces of their own
-            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+            one_thread_each() as pool,  # threads that share such small pieces are slower
             tqdm(total=len(self.snapshots), desc=title, unit='file', disable=None) as bar,
         ):
             for start in range(0, len(self.snapshots), FILES_AT_ONCE):

@@ -17,6 +17,7 @@ class Folding(nn.Module):
     settled = False
     kept: torch.Tensor | None = None
     kept_for: tuple = ()
+    is_packed = False  # what is kept
 
     def weight_for(self, x: torch.Tensor, *args) -> torch.Tensor:
         """`used_weight(*args)`, cast to x's dtype; `folded`, in the layout that is fastest for x."""
@@ -25,6 +26,7 @@ class Folding(nn.Module):
         weight = self.used_weight(*args).to(x.dtype)
         if self.folding:
             weight = packed(weight, x, self.groups)
+            self.is_packed = weight.is_mkldnn
             self.kept, self.kept_for = weight, (x.dtype, x.shape)
         return weight
 
@@ -47,7 +49,7 @@ def folded(nets: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer.folding, layer.kept = False, None
+            layer.folding, layer.kept, layer.is_packed = False, None, False
 
 
 @contextlib.contextmanager

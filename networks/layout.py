@@ -36,10 +36,10 @@ def packed(weight: torch.Tensor, x: torch.Tensor, groups: int) -> torch.Tensor:
     return torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), padding, one, one, groups, x.shape)
 
 
-def conv2d(x: torch.Tensor, weight: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """Convolution of [N, Cin, H, W] with `same` padding; the weight may be `packed`."""
+def conv2d(x: torch.Tensor, weight: torch.Tensor, groups: int, is_packed: bool) -> torch.Tensor:
+    """Convolution of [N, Cin, H, W] with `same` padding; a compiler does not see whether the weight is `packed`."""
     padding = weight.shape[-1] // 2
-    if not weight.is_mkldnn:
+    if not is_packed:
         return torch.nn.functional.conv2d(x, weight, padding=padding, groups=groups)
     one, nothing = [1, 1], ('none', (), '')  # stride and dilation; fused with it
     return torch.ops.mkldnn._convolution_pointwise(x, weight, None, [padding] * 2, one, one, groups, *nothing)

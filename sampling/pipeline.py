@@ -14,7 +14,7 @@ from sampling.config import SamplerConfig
 from sampling.guidance import guide, guide_both
 from sampling.portions import EAGER, Execution, Portions, evaluating
 from sampling.samplers import Denoise, Observe
-from torch_utils.threads import one_thread
+from torch_utils.threads import one_thread_each
 
 CHUNK = 64  # streams at a time, where nothing but their classes is asked for
 
@@ -137,8 +137,11 @@ def generate(
 
 def decode(x: torch.Tensor, encoder: Encoder | None = None) -> torch.Tensor:
     """Samples [N, C, H, W] -> uint8 images on the CPU, the same bits whatever the number of threads."""
-    with one_thread():
-        return (encoder or PixelEncoder()).decode(x).cpu()
+    encoder = encoder or PixelEncoder()
+    if x.device.type != 'cpu':
+        return encoder.decode(x).cpu()
+    with one_thread_each() as workers:
+        return torch.cat(list(workers.map(encoder.decode, x.split(1))))
 
 
 def trajectory(

@@ -19,6 +19,7 @@ from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.folding import folded
 from torch_utils.tf32 import tf32
+from torch_utils.threads import one_thread_each
 
 LARGEST_PORTION = 16  # images; tiny networks take as long for one as for several
 PORTION_FEATURES = 2**18  # features of the finest level that are worth a call
@@ -122,9 +123,5 @@ def evaluating(nets: list[Denoiser], batch_size: int, execution: Execution = EAG
         if max(sizes) == 1 and not execution.exact:
             yield [Portions(net, 1, None, execution) for net in nets]
             return
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads, 'evaluating', torch.set_num_threads, (1,)) as workers:
-            try:
-                yield [Portions(net, size, workers, execution) for net, size in zip(nets, sizes, strict=True)]
-            finally:
-                torch.set_num_threads(threads)  # the workers' setting holds for all threads to come
+        with one_thread_each() as workers:
+            yield [Portions(net, size, workers, execution) for net, size in zip(nets, sizes, strict=True)]

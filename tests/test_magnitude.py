@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from networks.edm2.magnitude import MPConv, mp_cat, mp_silu, mp_sum, normalize
+from networks.edm2.magnitude import MPConv, NormalizedWeight, mp_cat, mp_silu, mp_sum, normalize
 from networks.fourier import FourierFeatures
 
 
@@ -41,6 +41,23 @@ def test_normalize_takes_the_norm_in_float32():
 def test_normalize_gradient(g):
     x = torch.randn(3, 4, generator=g, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(normalize, (x,))
+
+
+@pytest.mark.parametrize('shape', [(5, 3, 3, 3), (4, 1, 3, 3), (6, 7)])
+def test_normalized_weight_and_its_gradient(g, shape):
+    """In float64 against differences, in float32 against autograd's way, of which it is the closed form."""
+    x = torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: NormalizedWeight.apply(x, 0.7), (x,))
+    x, G = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+    x[0], found = 0, []  # the norm has no derivative there; autograd takes 0
+    for way in (lambda x: NormalizedWeight.apply(x, 0.7), lambda x: normalize(x) * 0.7):
+        leaf = x.clone().requires_grad_()
+        y = way(leaf)
+        y.backward(G.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else G)
+        found.append((y.detach(), leaf.grad))
+    (ours, gradient), (theirs, expected) = found
+    assert torch.equal(ours, theirs) and gradient.stride() == x.stride()
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_mp_silu(g):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import threading
 import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
 
@@ -358,12 +359,20 @@ def test_trajectory(net):
 
 
 def test_another_encoder_decodes(net):
+    """Two images at a time, each in one thread."""
+    together, threads = threading.Barrier(2, timeout=30), torch.get_num_threads()
+
     class Inverted:
         def decode(self, x):
-            assert torch.get_num_threads() == 1
+            assert torch.get_num_threads() == 1 and together.wait() in (0, 1)
             return 255 - decode_pixels(x)
 
-    (plain,), (inverted,) = (generate(net, [0, 1], SamplerConfig(steps=2), encoder=e) for e in (None, Inverted()))
+    torch.set_num_threads(2)
+    try:
+        (plain,), (inverted,) = (generate(net, [0, 1], SamplerConfig(steps=2), encoder=e) for e in (None, Inverted()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     assert torch.equal(inverted.images, 255 - plain.images)
 
 

@@ -2,16 +2,17 @@
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Do the block's tensor operations in the calling thread alone: sums then have one order on every machine."""
+def one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """As many workers as there are threads, each of which works alone: sums then have one order on every machine."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        yield
+        with ThreadPoolExecutor(threads, 'one each', torch.set_num_threads, (1,)) as workers:
+            yield workers
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads)  # the workers' setting holds for all threads to come

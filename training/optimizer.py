@@ -43,9 +43,7 @@ class Optimizer:
 
     def build(self, net: nn.Module) -> torch.optim.Adam:
         """The optimizer of a network; its learning rate is set at every step."""
-        parameters = list(net.parameters())
-        kind = {'fused': True} if parameters[0].device.type == 'cuda' else {'foreach': True}  # fused rounds otherwise
-        return torch.optim.Adam(parameters, 0.0, (self.beta1, self.beta2), self.eps, **kind)
+        return torch.optim.Adam(net.parameters(), 0.0, (self.beta1, self.beta2), self.eps, fused=True)
 
     def problems(self) -> list[str]:
         """Everything that is wrong with it, in words."""
@@ -82,14 +80,16 @@ def clean_gradients(
     """
     nan, infinite = NONFINITE[policy]
     nonfinite = torch.zeros(len(parameters), dtype=torch.int64, device=parameters[0].device)
-    gradients = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
+    there = [i for i, p in enumerate(parameters) if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return nonfinite, torch.zeros((), device=parameters[0].device)
-    there = torch.tensor(list(gradients), device=nonfinite.device)
-    nonfinite[there] = torch.stack([(~g.isfinite()).sum() for g in gradients.values()])
-    for g in gradients.values():
-        torch.nan_to_num(g, nan=nan, posinf=infinite, neginf=-infinite, out=g)
-    norm = torch.stack(torch._foreach_norm(list(gradients.values()))).norm()
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    if norm.device.type != 'cpu' or not norm.isfinite():  # looking makes a CPU wait for nothing
+        nonfinite[there] = torch.stack([(g * 0).count_nonzero() for g in gradients])  # NaN is not 0
+        for g in gradients:
+            torch.nan_to_num(g, nan=nan, posinf=infinite, neginf=-infinite, out=g)
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
     if clip is not None:
-        torch._foreach_mul_(list(gradients.values()), (clip / norm.clamp(min=clip)))
+        torch._foreach_mul_(gradients, (clip / norm.clamp(min=clip)))
     return nonfinite, norm

@@ -20,11 +20,39 @@ def normalize(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> torch.Ten
         dims: Dimensions under one norm; by default all but the first, a weight's fan-in.
             `(1,)` on a feature map is pixel norm (EDM2 eq. 30).
     """
-    dims = tuple(range(1, x.ndim)) if dims is None else dims
+    return x / _divisor(x, tuple(range(1, x.ndim)) if dims is None else dims).to(x.dtype)
+
+
+def _divisor(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
-    norm = torch.add(NORM_EPS, norm, alpha=math.sqrt(norm.numel() / x.numel()))
-    return x / norm.to(x.dtype)
+    return torch.add(NORM_EPS, norm, alpha=math.sqrt(norm.numel() / x.numel()))
+
+
+class NormalizedWeight(torch.autograd.Function):
+    """normalize(w) scale, with the gradient in closed form: 6 passes over the weight instead of autograd's 17.
+
+    With d = eps + a |w| for each output channel, a = 1 / sqrt(fan-in): dL/dw = (scale / d) (G - w a (G . w) / (|w| d)).
+    """
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, scale: float) -> torch.Tensor:
+        """[Cout, ...] -> the same shape, in its dtype."""
+        divisor = _divisor(weight, tuple(range(1, weight.ndim)))
+        ctx.save_for_backward(weight, divisor)
+        ctx.scale = scale
+        return (weight / divisor).mul_(scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, G: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The weight's gradient, in its memory layout."""
+        weight, divisor = ctx.saved_tensors
+        dot = torch.linalg.vecdot(G.flatten(1), weight.flatten(1)).view_as(divisor)
+        length = (divisor - NORM_EPS).clamp(min=torch.finfo(divisor.dtype).tiny)  # a |w|; where w = 0, so is dot
+        factor = ctx.scale / divisor
+        along = -factor * dot / (divisor * length * weight[0].numel())
+        return (weight * along).addcmul_(G, factor), None
 
 
 def mp_silu(x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +109,7 @@ class MPConv(Folding):
         if self.training and not self.settled:
             self.settle()
         w = self.weight_for(x, gain)
-        return x @ w.t() if w.ndim == 2 else conv2d(x, w, self.groups)
+        return x @ w.t() if w.ndim == 2 else conv2d(x, w, self.groups, self.is_packed)
 
     def settle(self) -> None:
         """Overwrite the stored weight by its normalized version."""
@@ -91,4 +119,9 @@ class MPConv(Folding):
 
     def used_weight(self, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
         """What the input is multiplied with, float32."""
-        return normalize(self.weight) * (gain / math.sqrt(self.weight[0].numel()))
+        scale = gain / math.sqrt(self.weight[0].numel())
+        if torch.compiler.is_compiling():  # a compiler fuses by itself what autograd does
+            return normalize(self.weight) * scale
+        if isinstance(scale, torch.Tensor):
+            return NormalizedWeight.apply(self.weight, 1.0) * scale
+        return NormalizedWeight.apply(self.weight, scale)
