@@ -56,11 +56,14 @@ demo: setup
 	@echo 'Samples during training:               demo/run/samples-*.png'
 	@echo 'Metrics:                               demo/metrics.json'
 
+# Three on two cores: tests wait for processes that they start.
+WORKERS := -n 3 --dist worksteal
+
 test: setup lint
-	python -m pytest -n 2 -m 'not slow'
+	python -m pytest $(WORKERS) -m 'not slow'
 
 test-all: setup-all lint
-	ALL_PACKAGES=1 python -m pytest -n 2
+	ALL_PACKAGES=1 python -m pytest $(WORKERS)
 
 # Asks the package index whether every supported Python can install constraints.txt.
 resolve: setup

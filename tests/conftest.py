@@ -11,6 +11,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # read once, when torch is import
 import importlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,9 @@ from training.loop import train
 from training.optimizer import Optimizer
 
 ROOT = Path(__file__).parent.parent
+
+# A shell ignores it for what it starts in the background, and so would processes that tests want to interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile('edm2plus', deadline=None, derandomize=True)  # no timed, no random failures
 hypothesis.settings.load_profile('edm2plus')

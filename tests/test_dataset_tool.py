@@ -304,7 +304,7 @@ def test_bad_photo_is_named_and_leaves_nothing(tmp_path, photos, capsys, kind, d
         (['--source=digits', '--dest=.'], '--dest=. has no name of its own'),
         (['--source=digits', '--dest='], '--dest= has no name of its own'),
         (['--source='], '--source= is neither a file nor a folder'),
-        (['--source=digits', '--dest={here}/text/x.zip'], '{here}/text: '),
+        (['--source=digits', '--dest={here}/text/x.zip'], '{here}/text is a file; a folder is needed'),
         ([], "Missing option '--source'"),
     ],
 )
