@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 RANKS := $(if $(GPU),1,$(shell [ "$$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && echo 2 || echo 1))
 TRAIN := $(if $(filter 2,$(RANKS)),OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2,python) train.py
 
-.PHONY: setup setup-all demo test test-all resolve lint format clean
+.PHONY: setup setup-all demo gpu-check test test-all resolve lint format clean
 
 # `make setup` installs no optional package, `make setup-all` every one that the tests can use.
 setup: $(READY)
@@ -55,6 +55,10 @@ demo: setup
 	@echo 'Loss over training time:               demo/run/loss.png'
 	@echo 'Samples during training:               demo/run/samples-*.png'
 	@echo 'Metrics:                               demo/metrics.json'
+
+# What a new machine with a GPU computes, and how fast: one page, gpu-check.md. DEVICE=cpu checks a CPU (half an hour).
+gpu-check: setup
+	python -m benchmarks.gpu_check $(if $(DEVICE),--device=$(DEVICE))
 
 # Three on two cores: tests wait for processes that they start.
 WORKERS := -n 3 --dist worksteal

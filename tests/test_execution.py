@@ -11,13 +11,9 @@ from networks.denoiser import Denoiser
 from networks.edm2.branches import BRANCHES
 from networks.edm2.magnitude import normalize
 from networks.edm2.unet import Block, cosine_attention
+from tests.golden_networks import RELATIVE, golden_inputs, golden_net
 from tests.helpers import edm2_network, needs_compiler
-from tests.test_networks import golden_inputs, golden_net
 from training.presets.table import get_preset
-
-# Every layer rounds to 8 bits of mantissa (bfloat16: 4e-3) or 11 (float16: 5e-4); errors of some thirty layers add
-# up at random. F and F* have gradients ten times those of the others at these weights, and errors likewise.
-RELATIVE = {'bf16': 0.05, 'fp16': 0.007}
 
 
 @pytest.mark.parametrize('precision', RELATIVE)

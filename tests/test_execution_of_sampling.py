@@ -14,7 +14,7 @@ from sampling.config import SamplerConfig
 from sampling.pipeline import sample
 from sampling.portions import EAGER, Execution
 from sampling.samplers import Euler
-from tests.test_networks import golden_inputs, golden_net
+from tests.golden_networks import golden_inputs, golden_net
 from tests.test_sampling import busy, images_of
 
 

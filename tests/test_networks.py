@@ -13,37 +13,12 @@ from networks.denoiser import Denoiser
 from networks.dropout import Dropout, seed_dropout
 from networks.edm2.branches import BRANCHES
 from networks.edm2.unet import CLIP_ACTIVATIONS, Block
+from tests.golden_networks import golden_evaluation, golden_inputs, golden_net, golden_training
 from tests.helpers import edm2_network
-from training.methods.denoising import DenoisingConfig, DenoisingLoss
 
-PIXELS = 2 * 3 * 16 * 16
 # The golden values come from another order of float32 operations: a few units in the last place after some
 # thirty layers. The constants of the spec change them by at least 1e-4.
 RTOL, ATOL = 2e-5, 1e-5
-
-
-def golden_net(name: str) -> Denoiser:
-    """The golden net with every tensor filled as the golden file's `fill` says."""
-    net = Denoiser(edm2_network((16, 16), 3, 4, 32, (1, 2), 1, (8,), 16, block=name))
-    with torch.no_grad():
-        for tensor_name, t in net.state_dict().items():
-            h = sum(map(ord, tensor_name)) % 997
-            i = torch.arange(t.numel(), dtype=torch.float64)
-            s = torch.sin(h + 0.731 * i + 0.0173 * i**2).reshape(t.shape)
-            if t.ndim == 0:
-                s = torch.tensor(0.7 + 0.2 * math.sin(h))
-            elif tensor_name.endswith('freqs'):
-                s = 2 * math.pi * s
-            elif tensor_name.endswith('phases'):
-                s = math.pi * (1 + s)
-            t.copy_(s)
-    return net
-
-
-def golden_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = torch.cos(0.37 * torch.arange(PIXELS, dtype=torch.float64)).float().reshape(2, 3, 16, 16)
-    labels = torch.nn.functional.one_hot(torch.tensor([1, 3]), 4).float()
-    return x, torch.tensor([0.5, 3.0]), labels
 
 
 def close(actual, expected):
@@ -54,42 +29,21 @@ def close(actual, expected):
 def test_golden_forward(golden, name):
     expected = golden['nets'][name]
     net = golden_net(name).eval()
-    x, sigma, labels = golden_inputs()
     assert sum(p.numel() for p in net.parameters()) == expected['params']
-    with torch.no_grad():
-        D, D_null, u = net(x, sigma, labels), net(x, sigma), net.logvar(sigma)
-    close(D.flatten()[:8], expected['D_first8'])
-    close(D.flatten()[-8:], expected['D_last8'])
-    close([D.mean(), D.std()], [expected['D_mean'], expected['D_std']])
-    close([D_null.mean(), D_null.std()], [expected['Dnull_mean'], expected['Dnull_std']])
-    close(u, expected['logvar'])
+    for what, value in golden_evaluation(net).items():
+        close(value, expected[what])
 
 
 @pytest.mark.parametrize('name', BRANCHES)
 def test_golden_training(golden, name):
-    expected = golden['nets'][name]['train']
-    net = golden_net(name).train()
-    x, sigma, labels = golden_inputs()
-    k = torch.arange(PIXELS, dtype=torch.float64).reshape(x.shape)
-    y = (0.5 * torch.sin(0.11 * k)).float()
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.01, betas=(0.9, 0.99), eps=1e-8)
-    for j in range(3):
-        noise = (math.sqrt(2) * torch.cos(1.3 * k + j)).float()
-        _, losses, _ = DenoisingLoss(net, DenoisingConfig())(y, sigma, noise, labels)
-        close(losses.mean() / x[0].numel(), expected['loss_mean_per_step'][j])
-        optimizer.zero_grad()
-        (losses.sum() / 2).backward()
-        if j == 0:
-            grads = {n: p.grad.double().norm().item() for n, p in net.named_parameters()}
-            for parameter, norm in expected['grad_norm_step0'].items():
-                assert grads[parameter] == pytest.approx(norm, rel=1e-4), parameter
-            total = math.hypot(*grads.values())
-            assert total == pytest.approx(expected['total_grad_norm_step0'], rel=1e-4)
-        optimizer.step()
-    with torch.no_grad():
-        D = net.eval()(x, sigma, labels)
-    close([D.mean(), D.std()], [expected['D_mean_after'], expected['D_std_after']])
-    close(D.flatten()[:8], expected['D_first8_after'])
+    expected = dict(golden['nets'][name]['train'])
+    net = golden_net(name)
+    found = golden_training(net, torch.optim.Adam(net.parameters(), lr=0.01, betas=(0.9, 0.99), eps=1e-8))
+    for parameter, norm in expected.pop('grad_norm_step0').items():
+        assert found['grad_norm_step0'][parameter] == pytest.approx(norm, rel=1e-4), parameter
+    assert found['total_grad_norm_step0'] == pytest.approx(expected.pop('total_grad_norm_step0'), rel=1e-4)
+    for what, values in expected.items():
+        close(found[what], values)
 
 
 def test_parameter_names_are_those_of_published_edm2(golden):

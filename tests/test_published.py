@@ -37,8 +37,9 @@ from networks.published.reader import (
 )
 from tests import published_files as files
 from tests import test_pickles as hostile
+from tests.golden_networks import golden_inputs, golden_net
 from tests.helpers import edm2_network, make_archive
-from tests.test_networks import close, golden_inputs, golden_net
+from tests.test_networks import close
 from torch_utils.pickles import read_pickle, to_array
 from training.initial import check_initial, start_from
 from training.loop import train
