@@ -22,7 +22,7 @@ from torch_utils.tf32 import tf32
 from torch_utils.threads import one_thread_each
 
 LARGEST_PORTION = 16  # images; tiny networks take as long for one as for several
-PORTION_FEATURES = 2**18  # features of the finest level that are worth a call
+PORTION_FEATURES = 2**17  # features of the finest level that are worth a call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ EAGER = Execution()
 
 
 def portion_size(config: NetworkConfig) -> int:
-    """Images that a CPU evaluates at a time, a power of two: 16 of 8x8 pixels, 1 of 64x64 with 64 channels or more.
+    """Images that a CPU evaluates at a time, a power of two: 16 of 8x8 pixels, 1 of 64x64 with 32 channels or more.
 
     It depends on the network alone. More would waste time where few images are asked for, as a portion is always
     filled up; fewer would waste it on small networks.

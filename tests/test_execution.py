@@ -175,6 +175,8 @@ def test_training_is_one_graph(name='G*'):
     other(x, sigma, labels).square().mean().backward()
     torch.testing.assert_close(gradient, other.unet.out_conv.weight.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(net.state_dict(), other.state_dict())
+    with dynamo_config.patch(error_on_recompile=True):  # whatever the noise level
+        compiled(x, 2 * sigma, labels).square().mean().backward()
 
 
 def test_picture_of_the_branches_is_that_of_the_table():

@@ -249,7 +249,7 @@ def test_portions_grow_as_networks_shrink():
     def size(side, channels):
         return portion_size(edm2_network((side, side), 3, 0, channels))
 
-    assert [size(8, 64), size(32, 64), size(64, 64), size(64, 192), size(512, 64)] == [16, 4, 1, 1, 1]
+    assert [size(8, 64), size(32, 32), size(32, 64), size(64, 64), size(512, 64)] == [16, 4, 2, 1, 1]
 
 
 def test_noise_does_not_depend_on_whether_the_class_was_given(net):
