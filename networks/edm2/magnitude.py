@@ -41,7 +41,8 @@ class NormalizedWeight(torch.autograd.Function):
         divisor = _divisor(weight, tuple(range(1, weight.ndim)))
         ctx.save_for_backward(weight, divisor)
         ctx.scale = scale
-        return (weight / divisor).mul_(scale)
+        normalized = weight / divisor
+        return normalized if scale == 1 else normalized.mul_(scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
