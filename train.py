@@ -33,6 +33,7 @@ from training.monitor.board import require_tensorboard
 from training.presets.table import PRESETS, get_preset, make_config
 
 PREVIEW_STEPS = 18  # of sample grids
+ACTIVATIONS_ON_CPU = 4 * 2**30  # bytes of them to plan for, and of what comes with them
 
 EPILOG = """\b
 Examples:
@@ -200,6 +201,9 @@ def with_micro_batch(config: TrainConfig, folder: Path, device: torch.device, no
         fits = isinstance(micro, int) and micro > 0 and share % micro == 0
         return dataclasses.replace(config, micro_batch=micro) if fits else config
     sizes, available = memory(config, world_size), device_memory(device)
+    if device.type == 'cpu':  # where other programs run too, and where more images at once are no faster
+        fixed = sum(sizes.values()) - sizes['activations']
+        available = min(available / int(os.environ.get('LOCAL_WORLD_SIZE', '1')), fixed + ACTIVATIONS_ON_CPU)
     fitting = fitting_micro_batch(config, world_size, available, sizes)
     micro = min(map(int, distributed.gather_text(str(fitting))))
     if micro == share:

@@ -343,6 +343,13 @@ def test_micro_batch_of_a_run_that_was_begun_stays(config, tmp_path, monkeypatch
     write_json(tmp_path / 'config.json', chosen.to_json())
     monkeypatch.setattr('train.device_memory', lambda device: 2**40)
     assert with_micro_batch(config, tmp_path, torch.device('cpu'), []) == chosen
+    monkeypatch.setattr('train.memory', lambda config, world_size: {'weights': 2**20, 'activations': 2**25})
+    assert with_micro_batch(config, tmp_path / 'other', torch.device('cpu'), []).micro_batch == 64, 'of 0.8 * 4 GiB'
+    monkeypatch.setattr('train.device_memory', lambda device: 2**31)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    assert with_micro_batch(config, tmp_path / 'other', torch.device('cpu'), []).micro_batch == 16, 'a rank has half'
+    monkeypatch.setattr('train.device_memory', lambda device: 2**40)
+    monkeypatch.setattr('train.memory', memory)
     asked = replace(config, micro_batch=128)
     assert with_micro_batch(asked, tmp_path, torch.device('cpu'), []) == asked
     assert with_micro_batch(config, tmp_path / 'other', torch.device('cpu'), []).micro_batch is None
