@@ -14,6 +14,7 @@ from benchmarks.study.tables import spread, table
 from dnnlib.files import atomic_path
 
 COLORS = {name: f'C{i}' for i, name in enumerate(ROWS)}
+BIN = 0.6  # width in ln sigma
 METRICS = {'error': 'held-out error', 'fd_pixels': 'fd_pixels'}
 
 
@@ -29,6 +30,14 @@ def curves(
             axes.plot(xs, mean, style, color=color, marker='o', markersize=3, linewidth=1.3, label=name)
             axes.fill_between(xs, least, most, color=color, alpha=0.2, linewidth=0)
     axes.grid(alpha=0.3, which='both')
+
+
+def decimal(axes: Axes, label: str) -> None:
+    """A logarithmic axis with numbers as people write them."""
+    axes.set(yscale='log', ylabel=label)
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter('{x:.3g}')
+    axes.tick_params(axis='y', which='minor', labelsize='small')
 
 
 def draw(folder: Path) -> None:
@@ -61,8 +70,8 @@ def quality(results: list[dict[str, Any]]) -> Figure:
             strict=True,
         ):
             curves(axis, results, x, metric, scale, lambda line: line['ema_std'] == STD)
-            axis.set(yscale='log', xlabel=label)
-        axes[0].set_ylabel(METRICS[metric])
+            axis.set(xlabel=label)
+        decimal(axes[0], METRICS[metric])
     grid[0, 0].legend(fontsize='small', ncols=2)
     return figure
 
@@ -73,9 +82,15 @@ def ema(results: list[dict[str, Any]], networks: dict[str, dict[str, Any]]) -> F
     for axis, metric in zip(figure.subplots(1, 2), METRICS, strict=True):
         kept = [line for line in results if line['nimg'] == networks[line['row']]['same_operations']]
         curves(axis, kept, 'ema_std', metric)
-        axis.set(yscale='log', xlabel='EMA length', ylabel=METRICS[metric])
+        axis.set(xlabel='EMA length')
+        decimal(axis, METRICS[metric])
     axis.legend(fontsize='small', ncols=2)
     return figure
+
+
+def middle(low: float | None, high: float | None) -> float:
+    """Of a bin of ln sigma; the outer two are open, and drawn as wide as the others."""
+    return high - BIN / 2 if low is None else low + BIN / 2
 
 
 def by_noise(noise: list[dict[str, Any]], networks: dict[str, dict[str, Any]]) -> Figure | None:
@@ -85,7 +100,7 @@ def by_noise(noise: list[dict[str, Any]], networks: dict[str, dict[str, Any]]) -
     figure = Figure(figsize=(9, 3.6), layout='constrained')
     for axis, when in zip(figure.subplots(1, 2, sharey=True), ('same_images', 'same_operations'), strict=True):
         kept = [
-            {**line, 'bin': (line['ln_sigma_from'] or line['ln_sigma_to'] - 0.6) + 0.3}
+            {**line, 'bin': middle(line['ln_sigma_from'], line['ln_sigma_to'])}
             for line in noise
             if line['nimg'] == networks[line['row']][when]
         ]
