@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def find_generation(images: str) -> dict[str, Any] | None:
         record = parse_object(content)
     except (FileNotFoundError, KeyError):
         return None
-    except ValueError as error:
+    except (ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f'{GENERATION} of {images} cannot be read: {error}') from None
     if isinstance(record, dict) and isinstance(record.get('seeds'), list):
         record['seeds'] = format_int_list(record['seeds'])

@@ -54,7 +54,7 @@ def read_run(folder: Path, name: str) -> Run:
     named = ((re.fullmatch(r'samples-(\d+)\.png', path.name), path) for path in folder.iterdir())
     previews = sorted((int(match[1]), path) for match, path in named if match)
     log = folder / 'log.txt'
-    lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
+    lines = log.read_text(encoding='utf-8', errors='replace').splitlines() if log.exists() else []
     commands = [line.partition(COMMAND)[2] for line in lines if COMMAND in line]
     measured = read_records(folder / 'metrics.jsonl', ('nimg', 'ema_std'))
     return Run(name, folder, config, stats, measured, previews, list(dict.fromkeys(commands)))

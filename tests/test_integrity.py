@@ -5,9 +5,11 @@ import os
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,8 @@ import torch
 from dataset.files import index
 from dataset.reader import ImageDataset
 from dnnlib.errors import UserError
-from dnnlib.files import locked_folder, parse_object
+from dnnlib.files import locked_folder, parse_object, read_object
+from evaluation.records import find_generation
 from metrics.detectors import PixelDetector
 from metrics.gathering import gather
 from metrics.npz import NpzImages
@@ -30,11 +33,13 @@ from metrics.reference import load_reference, save_reference
 from metrics.registry import needs_of, select_metrics
 from networks.denoiser import Denoiser
 from networks.files import NetworkInfo, load_network, open_network, save_network
+from reporting.runs import compare_configs, read_run
 from sampling.output import is_complete, write_npz
 from tests.conftest import ROOT
-from tests.helpers import state_tensors
+from tests.helpers import state_tensors, write_dataset
 from torch_utils.finite import nonfinite
 from torch_utils.tensor_files import HEADER_KEY, VERIFY_VARIABLE, TensorFile, UnreadableFileError, digest, save_tensors
+from training.config import refuse_differences
 from training.initial import check_initial
 from training.monitor.step_stats import PendingStats
 from training.state import TrainState, state_files
@@ -103,7 +108,38 @@ def kinds(config, trained_once, archive, tmp_path_factory):
     def load_images(path: Path):
         return [(x, label) for x, label in NpzImages(path)]
 
+    write_dataset(folder / 'labelled.zip', pixels, np.arange(len(pixels)))
+    write_dataset(folder / 'unlabelled.zip', pixels, None)
+
+    def load_dataset(path: Path):
+        data = ImageDataset(path)
+        return data.image_shape, data.fingerprint, data.num_classes, [data[i] for i in range(len(data))]
+
+    with zipfile.ZipFile(folder / 'labelled.zip') as file:
+        file.extractall(folder / 'unpacked')
+    texts = ('config.json', 'stats.jsonl', 'log.txt')
+    (folder / 'run').mkdir()
+    for name in texts:
+        shutil.copy(trained_once / name, folder / 'run')
+
+    def load_text(path: Path):
+        (folder / 'run' / path.name).write_bytes(path.read_bytes())
+        try:
+            compare_configs([read_run(folder / 'run', 'run')] * 2)
+            refuse_differences(folder / 'run', read_object(folder / 'run/config.json'), config)
+        finally:
+            shutil.copy(trained_once / path.name, folder / 'run')
+
+    def load_unpacked(path: Path):
+        (folder / 'unpacked/dataset.json').write_bytes(path.read_bytes())
+        return load_dataset(folder / 'unpacked') and None
+
+    shutil.copy(folder / 'unpacked/dataset.json', folder)
     return {
+        **{name: (trained_once / name, load_text) for name in texts},
+        'dataset.json': (folder / 'dataset.json', load_unpacked),
+        'labelled data set': (folder / 'labelled.zip', load_dataset),
+        'unlabelled data set': (folder / 'unlabelled.zip', load_dataset),
         'training state': (state_files(trained_once)[-1], load_state),
         'snapshot': (trained_once / 'network-snapshot-0000002-0.050.safetensors', load_net),
         'reference': (folder / 'reference.safetensors', load_metric_reference),
@@ -118,12 +154,18 @@ def same(a, b) -> bool:
         return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a, b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
 
 
-@pytest.mark.parametrize('kind', ['training state', 'snapshot', 'reference', 'latents', 'npz'])
+DIGESTS = ['training state', 'snapshot', 'reference', 'latents', 'npz', 'labelled data set', 'unlabelled data set']
+TEXTS = ['config.json', 'stats.jsonl', 'log.txt', 'dataset.json']  # with no digest: refused, or read as they are
+
+
+@pytest.mark.parametrize('kind', [*DIGESTS, *TEXTS])
 @hypothesis.settings(max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(apply=damage())
 def test_damage_is_refused_or_harmless(kinds, tmp_path_factory, kind, apply):
@@ -169,6 +211,34 @@ def test_a_damaged_index_is_made_again(archive, tmp_path, monkeypatch):
         assert found.fingerprint == made.fingerprint and list(found.files.names) == list(made.files.names)
         assert np.array_equal(found.labels.classes, made.labels.classes)
         assert all(np.array_equal(getattr(found.files, name), getattr(made.files, name)) for name in index.COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'message'),
+    [
+        ('dataset.json', 'dataset.jsoo', 'its own header names it dataset.json'),  # else without labels
+        ('00000/img00000002.png', '00000/img00100002.png', 'its own header names it 00000/img00000002.png'),  # last
+        ('00000/img00000002.png', '00000/img00000002.pog', 'its own header names it 00000/img00000002.png'),  # no image
+        ('00000/img00000002.png', '00000/img00000002.pn/', 'are folders with content'),
+    ],
+)
+def test_a_damaged_name_in_the_directory_of_a_zip(kinds, tmp_path, old, new, message):
+    data = bytearray(kinds['labelled data set' if old == 'dataset.json' else 'unlabelled data set'][0].read_bytes())
+    place = data.rindex(old.encode())
+    data[place : place + len(old)] = new.encode()
+    (tmp_path / 'x.zip').write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        dataset = ImageDataset(tmp_path / 'x.zip')
+        [dataset[i] for i in range(len(dataset))]
+
+
+def test_a_damaged_generation_in_a_zip(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as file:
+        file.writestr('generation.json', '{"seeds": [1]}')
+    data = (tmp_path / 'x.zip').read_bytes()
+    (tmp_path / 'x.zip').write_bytes(data.replace(b'[1]', b'[2]'))
+    with pytest.raises(UserError, match=r'generation\.json of .* cannot be read: Bad CRC-32'):
+        find_generation(str(tmp_path / 'x.zip'))
 
 
 @pytest.mark.parametrize('what', ['bit', 'page', 'tail'])

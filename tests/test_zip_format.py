@@ -19,7 +19,9 @@ def contents(path):
     columns = (table.offsets, table.packed, table.sizes, table.crcs, table.methods)
     file = os.open(path, os.O_RDONLY)
     try:
-        return {name: read_member(file, *(int(column[i]) for column in columns)) for i, name in enumerate(table.names)}
+        return {
+            name: read_member(file, name, *(int(column[i]) for column in columns)) for i, name in enumerate(table.names)
+        }
     finally:
         os.close(file)
 

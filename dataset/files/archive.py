@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 
 from dataset.files.file_table import FileTable, list_folder, list_zip
-from dataset.files.zip_format import DamagedZipError, read_member
+from dataset.files.zip_format import DamagedZipError, check_name, read_member
 from dnnlib.errors import UserError, printable
 from dnnlib.files import read_regular
 
@@ -81,18 +81,29 @@ class Archive:
 
     def rows_ending(self, endings: Container[str]) -> list[int]:
         """Rows in `files` of images: those whose names have one of these endings, in lower case; at least one."""
-        rows = [row for row, name in enumerate(self.files.names) if os.path.splitext(name)[1].lower() in endings]  # noqa: PTH122
+        rows = []
+        for row, name in enumerate(self.files.names):
+            if os.path.splitext(name)[1].lower() in endings:  # noqa: PTH122
+                rows.append(row)
+            elif not self._is_folder:  # a damaged name may have hidden an image, or its labels
+                with self._errors(row):
+                    check_name(self._descriptor(), name, int(self.files.offsets[row]))
         if not rows:
             raise UserError(f'{self.path} holds no images ({", ".join(sorted(endings))})')
         return rows
 
     def read(self, row: int, most: int = LARGEST_FILE) -> bytes:
         """The content of the file in that row of `files`; one of more than `most` bytes, unpacked, is refused."""
-        where = self.where(self.files.names[row])
-        try:
+        with self._errors(row):
             if self._is_folder:
                 return read_regular(Path(self.path, self.files.names[row]), most)
             return self._read_member(row, most)
+
+    @contextlib.contextmanager
+    def _errors(self, row: int) -> Iterator[None]:
+        where = self.where(self.files.names[row])
+        try:
+            yield
         except OSError as error:
             raise OSError(error.errno, error.strerror, where) from None
         except DamagedZipError as error:
@@ -109,13 +120,16 @@ class Archive:
         return decode_npy(data, where) if name.lower().endswith(NPY) else decode_image(data, where)
 
     def _read_member(self, row: int, most: int) -> bytes:
-        if self._file < 0:  # a fork inherits it, which does no harm: reading by place has no position to share
-            self._file = os.open(self.path, os.O_RDONLY | getattr(os, 'O_CLOEXEC', 0))
         table = self.files
         if table.sizes[row] > most:
             raise DamagedZipError(f'it unpacks to {table.sizes[row]} bytes, more than the {most} that are read')
         columns = (table.offsets, table.packed, table.sizes, table.crcs, table.methods)
-        return read_member(self._file, *(int(column[row]) for column in columns))
+        return read_member(self._descriptor(), table.names[row], *(int(column[row]) for column in columns))
+
+    def _descriptor(self) -> int:
+        if self._file < 0:  # a fork inherits it, which does no harm: reading by place has no position to share
+            self._file = os.open(self.path, os.O_RDONLY | getattr(os, 'O_CLOEXEC', 0))
+        return self._file
 
 
 def decode_image(data: bytes, where: str) -> np.ndarray:

@@ -105,6 +105,8 @@ def list_zip(path: str | os.PathLike) -> FileTable:
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
             raise UserError(f'{path} is cut short or damaged: {error}') from None
         end = file.seek(0, os.SEEK_END)
+    folders = [entry for entry in entries if entry.filename.endswith('/')]
+    _refuse(path, 'are folders with content', [entry.filename for entry in folders if entry.file_size])
     entries = [entry for entry in entries if not entry.filename.endswith('/')]
     _refuse(path, 'lead out of it', [entry.filename for entry in entries if _leads_out(entry.filename)])
     entries = sorted((entry for entry in entries if not _is_hidden(entry.filename)), key=lambda entry: entry.filename)

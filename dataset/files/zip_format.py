@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from dnnlib.errors import printable
+
 LOCAL = struct.Struct('<4s5H3L2H')  # signature, version, flags, method, time, date, crc, packed, size, lengths of 2
 ENCRYPTED = 99  # in the place of a method
 EXTRA_GUESS = 64  # bytes of extra fields to read along with a local header, which mostly has fewer
@@ -22,11 +24,12 @@ class DamagedZipError(Exception):
     """What is wrong with a zip or a member, for the caller to say of which file."""
 
 
-def read_member(file: int, offset: int, packed: int, size: int, crc: int, method: int) -> bytes:
+def read_member(file: int, name: str, offset: int, packed: int, size: int, crc: int, method: int) -> bytes:
     """Read a member by its place, see `file_table.FileTable`; the position of the descriptor `file` does not matter.
 
     Raises:
-        DamagedZipError: where it is damaged, encrypted, or packed in a way that is not known here.
+        DamagedZipError: where it is damaged, has another name in its own header, is encrypted, or packed in a way that
+            is not known here.
     """
     if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         how = 'encrypted' if method == ENCRYPTED else f'packed by method {method}'
@@ -37,7 +40,8 @@ def read_member(file: int, offset: int, packed: int, size: int, crc: int, method
     *_, name_length, extra_length = LOCAL.unpack_from(data)
     start = LOCAL.size + name_length + extra_length
     if start > LOCAL.size + EXTRA_GUESS:
-        data, start = os.pread(file, packed, offset + start), 0
+        data = os.pread(file, start + packed, offset)
+    _check_name(data, name)
     data = data[start : start + packed]
     if method == zipfile.ZIP_DEFLATED:
         try:
@@ -49,6 +53,21 @@ def read_member(file: int, offset: int, packed: int, size: int, crc: int, method
     if zlib.crc32(data) != crc:
         raise DamagedZipError('Bad CRC-32')
     return data
+
+
+def check_name(file: int, name: str, offset: int) -> None:
+    """Make sure that a member that is not read has the name that the directory gives it, too."""
+    data = os.pread(file, LOCAL.size + 4 * len(name) + EXTRA_GUESS, offset)
+    if len(data) >= LOCAL.size:
+        _check_name(data, name)
+
+
+def _check_name(data: bytes, name: str) -> None:
+    length = LOCAL.unpack_from(data)[-2]
+    local = data[LOCAL.size : LOCAL.size + length].split(b'\0')[0].decode('ascii', 'replace')  # as zipfile ends names
+    # Outside ASCII, programs write the two in several encodings.
+    if local != name and (local.isascii() or name.isascii()):
+        raise DamagedZipError(f'its own header names it {printable(local)}')
 
 
 class ZipWriter:
