@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import train as script
 from benchmarks import speed
 from dnnlib.errors import UserError
 from ema.power import ema_beta
@@ -99,6 +100,17 @@ def test_emulated_precisions(monkeypatch, capsys):
     assert 'emulates bf16' in capsys.readouterr().err
     monkeypatch.delattr(torch.cpu, '_is_amx_tile_supported')
     assert not denoiser.is_emulated('bf16', cpu)  # nobody knows
+
+
+def test_training_says_that_bf16_is_emulated(archive, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(script, 'train', lambda *_, **options: seen.append(options['notes']))
+    words = ['--preset=edm2plus-digits', f'--data={archive}', '--device=cpu', '--precision=bf16', '--batch-gpu=32']
+    for emulated in (True, False):
+        monkeypatch.setattr(script, 'is_emulated', lambda *_, emulated=emulated: emulated)
+        result = CliRunner().invoke(script.main, [*words, f'--outdir={tmp_path}/run'], standalone_mode=False)
+        assert result.exit_code == 0, result.output
+        assert ('emulates bf16' in result.output) == emulated == any('emulates bf16' in line for line in seen.pop())
 
 
 def test_tf32_of_networks_alone(tiny_config, monkeypatch):
