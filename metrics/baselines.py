@@ -56,11 +56,7 @@ BASELINES = {
 
 
 def reference_file(ref: str, offline: bool = False) -> Path:
-    """The file or folder that a path, a URL or a name of BASELINES stands for, downloaded if need be.
-
-    Raises:
-        UserError: where it cannot be downloaded, or nothing is there.
-    """
+    """The file or folder that a path, a URL or a name of BASELINES stands for, downloaded if need be."""
     if known := _known(ref):
         return download(known.url, offline=offline)
     path = local_file(ref, offline)

@@ -42,6 +42,16 @@ def test_neighbours():
     assert len(find_neighbours(Set(1, 2, 3), data, 2, features_of('pixels'))) == 2
 
 
+def test_neighbours_by_the_features_of_a_detector(monkeypatch):
+    """Near by what the detector sees, here brightness modulo 100, not by pixels."""
+    seen = {'dinov2': lambda images: {'dinov2': images.flatten(1).double().mean(dim=1, keepdim=True) % 100}}
+    monkeypatch.setattr(
+        'reporting.neighbours.load_detectors', lambda names, device: {name: seen[name] for name in names}
+    )
+    samples, data = Set(252), Set(10, 151, 254, 200)
+    assert [find_neighbours(samples, data, 1, features_of(name))[0].index for name in ('dinov2', 'pixels')] == [1, 2]
+
+
 def test_neighbours_in_many_batches():
     rng = np.random.default_rng(0)
     data = Set(*[0] * 150)
