@@ -60,7 +60,9 @@ def markdown(folder: Path) -> str:
         '|---|---:|---:|---:|---:|---:|---:|---:|',
     ]
     for name, line in networks.items():
-        times = ' | '.join(f'{1000 * (line[key] or 0):.1f}' for key in ('training_seconds', 'sampling_seconds'))
+        times = ' | '.join(
+            '' if line[key] is None else f'{1000 * line[key]:.1f}' for key in ('training_seconds', 'sampling_seconds')
+        )
         numbers = f'{line["parameters"] / 1e3:.0f} | {line["operations"] / 1e6:.1f} | {line["same_operations"]:.0f}'
         lines.append(f'| {name} | {line["width"]:.0f} | {numbers} | {rates.get(name, 0):g} | {times} |')
     for end, what in ENDS.items():
