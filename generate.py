@@ -218,7 +218,7 @@ def load(
         'format': form,
         'encoder': info.encoder,
         'vae': vae,
-        'precision': precision,
+        'precision': f'{precision} with TF32' if execution.tf32 and device.type == 'cuda' else precision,
         'execution': dataclasses.asdict(execution),
         'threads': torch.get_num_threads(),
         'device': device.type,

@@ -43,9 +43,10 @@ def run(name: str, ranks: int, device: str, quick: bool, seconds: float) -> tupl
             ended = f'ended with exit code {status}' if status else ''
         except subprocess.TimeoutExpired:
             ended = f'did not end within {seconds:.0f} s'
-            for stop in (signal.SIGTERM, signal.SIGKILL):  # torchrun ends its ranks at the first
+        finally:  # after Ctrl-C, too, which a session of its own does not hear
+            for stop in (signal.SIGTERM, signal.SIGKILL) if process.poll() is None else ():
                 with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    os.killpg(process.pid, stop)
+                    os.killpg(process.pid, stop)  # torchrun ends its ranks at the first
                     process.wait(30)
         said.seek(0)
         text = said.read()

@@ -152,10 +152,12 @@ def measure(cases: list[Case], reference: str, rounds: int, device: torch.device
         for case in cases:
             if device.type == 'cuda':
                 torch.cuda.reset_peak_memory_stats(device)
+                held = torch.cuda.memory_allocated(device)  # by the networks of all cases
             seconds = case.seconds(device)
             times[id(case)] += [seconds] * (round_ > 0)
             if device.type == 'cuda':
-                memory[id(case)] = torch.cuda.max_memory_allocated(device)
+                peak = torch.cuda.max_memory_allocated(device)
+                memory[id(case)] = peak - held + 4 * complexity(get_preset(case.network).network).parameters
     rows = []
     for case in cases:
         about = {'what': case.what, 'network': case.network, 'as': case.how, 'precision': case.precision}

@@ -21,13 +21,13 @@ class Folding(nn.Module):
 
     def weight_for(self, x: torch.Tensor, *args) -> torch.Tensor:
         """`used_weight(*args)`, cast to x's dtype; `folded`, in the layout that is fastest for x."""
-        if self.kept is not None and self.kept_for == (x.dtype, x.shape):
+        if self.kept is not None and self.kept_for == (x.dtype, x.shape if self.is_packed else None):
             return self.kept
         weight = self.used_weight(*args).to(x.dtype)
         if self.folding:
             weight = packed(weight, x, self.groups)
             self.is_packed = weight.is_mkldnn
-            self.kept, self.kept_for = weight, (x.dtype, x.shape)
+            self.kept, self.kept_for = weight, (x.dtype, x.shape if self.is_packed else None)
         return weight
 
     def settle(self) -> None:

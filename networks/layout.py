@@ -27,9 +27,10 @@ def packed(weight: torch.Tensor, x: torch.Tensor, groups: int) -> torch.Tensor:
         x: [N, Cin, H, W], as the features will be; oneDNN chooses by their shape, and may be very slow with another.
         groups: Of channels.
     """
-    if weight.ndim != 4 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if weight.ndim != 4 or x.device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return weight
     padding, one = [weight.shape[-1] // 2] * 2, [1, 1]
+    # Not public, as the kernels below are not; torch 2.8 to 2.13 have them.
     chosen = torch._C._select_conv_backend(x, weight, None, one, padding, one, False, [0, 0], groups)
     if chosen.name != 'Mkldnn':
         return weight

@@ -165,7 +165,7 @@ class ImageWriter:
         if self._failed:
             return
         try:
-            images = decode(samples.x, self.encoder)
+            images = decode(samples.x, self.encoder, self._threads)
             paths = [self.folder / image_name(seed, self.subdirs) for seed in samples.seeds]
             list(self._writers.map(self._save, paths, images.permute(0, 2, 3, 1).numpy()))
         except BaseException:

@@ -16,6 +16,7 @@ from sampling.portions import EAGER, Execution, Portions, evaluating
 from sampling.samplers import Denoise, Observe
 from torch_utils.threads import one_thread_each
 
+DECODERS = 4  # images that an encoder decodes at once on a CPU; a VAE takes about 1 GiB for one of 512x512
 CHUNK = 64  # streams at a time, where nothing but their classes is asked for
 
 
@@ -135,12 +136,18 @@ def generate(
         yield GeneratedImages(samples.seeds, samples.labels, decode(samples.x, encoder))
 
 
-def decode(x: torch.Tensor, encoder: Encoder | None = None) -> torch.Tensor:
-    """Samples [N, C, H, W] -> uint8 images on the CPU, the same bits whatever the number of threads."""
+def decode(x: torch.Tensor, encoder: Encoder | None = None, threads: int | None = None) -> torch.Tensor:
+    """Samples [N, C, H, W] -> uint8 images on the CPU, the same bits whatever the number of threads.
+
+    Args:
+        x: Samples.
+        encoder: Makes images of them; None for networks of images.
+        threads: How many images are decoded at once, DECODERS at most; by default the threads of an operation.
+    """
     encoder = encoder or PixelEncoder()
     if x.device.type != 'cpu':
         return encoder.decode(x).cpu()
-    with one_thread_each() as workers:
+    with one_thread_each(min(threads or torch.get_num_threads(), DECODERS)) as workers:
         return torch.cat(list(workers.map(encoder.decode, x.split(1))))
 
 

@@ -27,7 +27,7 @@ PORTION_FEATURES = 2**17  # features of the finest level that are worth a call
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How networks are evaluated; none of it moves more than the last bits.
+    """How networks are evaluated; it moves the last bits at most, except by `tf32`.
 
     Args:
         exact: On a CPU, whether the bits are to be the same for every number of threads.

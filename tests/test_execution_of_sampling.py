@@ -62,6 +62,15 @@ def test_weights_are_dropped_after_an_error(tiny_config):
     assert all(m.kept is None and not m.folding for m in net.modules() if isinstance(m, MPConv))
 
 
+def test_only_packed_weights_are_of_a_batch_s_shape():
+    """Batches of another size, as at the ends of a guidance interval, then need no other weights and no compilation."""
+    layer = MPConv(8, 8, kernel=0).eval()
+    layer.reset_parameters(torch.Generator().manual_seed(0))
+    with folded([layer]), torch.inference_mode():
+        assert layer.weight_for(torch.ones(2, 8)) is layer.weight_for(torch.ones(4, 8))
+        assert layer.weight_for(torch.ones(2, 8)) is not layer.weight_for(torch.ones(2, 8, dtype=torch.bfloat16))
+
+
 def test_networks_in_training_are_not_folded(tiny_config):
     with pytest.raises(AssertionError), folded([Denoiser(tiny_config).train()]):
         pass
