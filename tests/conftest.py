@@ -23,6 +23,7 @@ import torch
 from dataset.reader import ImageDataset
 from diffusion.levels import LogNormal
 from dnnlib import cli
+from dnnlib.signals import STOPPING
 from networks.config import NetworkConfig
 from tests.helpers import make_archive
 from training.config import TrainConfig
@@ -36,6 +37,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile('edm2plus', deadline=None, derandomize=True)  # no timed, no random failures
 hypothesis.settings.load_profile('edm2plus')
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_signals():
+    """As before after every test: train.py, run in this process, leaves signals ignored, and processes inherit that."""
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope='session')
