@@ -125,7 +125,8 @@ def main(preset, outdir, skip_existing, overwrite, layout, film, **flags):
                 draw_trajectory(
                     film, trajectory(job.net, seeds[:TRAJECTORY_SEEDS], *job.how, job.encoder, job.execution)
                 )
-            finish(folder, job.record, choose_labels(job.net.config, seeds, None, job.classes), job.class_names)
+            labels = choose_labels(job.net.config, seeds, None, job.classes, job.how[0].noise_device)
+            finish(folder, job.record, labels, job.class_names)
             click.echo(summary(folder, job.record, len(seeds) - len(missing)))
 
 

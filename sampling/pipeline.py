@@ -239,7 +239,11 @@ def _guided(portions: list[Portions], one_hot: torch.Tensor | None, config: Samp
 
 
 def choose_labels(
-    config: NetworkConfig, seeds: Sequence[int], streams: Streams | None, classes: Sequence[int] | None
+    config: NetworkConfig,
+    seeds: Sequence[int],
+    streams: Streams | None,
+    classes: Sequence[int] | None,
+    device: str = 'cpu',
 ) -> torch.Tensor | None:
     """Class of each seed, int64 [N]: cycled through `classes`, or drawn; None for an unconditional network.
 
@@ -248,12 +252,13 @@ def choose_labels(
         seeds: One per image.
         streams: Of these seeds, where they have been made already.
         classes: As for `sample`.
+        device: Where they are drawn, without streams.
     """
     if not config.label_dim:
         return None
     if classes is None and streams is None:
         # A few at a time: every stream draws its latent before its class, and 50,000 latents are gigabytes.
-        parts = [Streams(seeds[i : i + CHUNK], config).drawn for i in range(0, len(seeds), CHUNK)]
+        parts = [Streams(seeds[i : i + CHUNK], config, device).drawn for i in range(0, len(seeds), CHUNK)]
         return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
     if classes is None:
         return streams.drawn

@@ -24,7 +24,7 @@ from dnnlib.parsing import parse_grid
 from networks.denoiser import Denoiser
 from networks.encoders import PixelEncoder
 from networks.files import NetworkInfo, load_network, network_path, save_network
-from sampling import output
+from sampling import output, pipeline
 from sampling.config import SamplerConfig
 from sampling.options import parse_classes
 from sampling.pipeline import sample
@@ -356,6 +356,23 @@ def test_bad_words(generate, tmp_path):
     for text in ('4', '4x', 'x4', '-1x2', '1x2x3', ''):
         with pytest.raises(UserError, match='ROWSxCOLS'):
             parse_grid(text)
+
+
+def test_classes_drawn_on_a_gpu_are_those_that_are_kept(generate, tmp_path, monkeypatch):
+    class OfGPU(pipeline.Streams):
+        """A GPU's generator, another than the CPU's, is one of other seeds here."""
+
+        def __init__(self, seeds, config, device='cpu'):
+            super().__init__([seed + 1000 * (device == 'cuda') for seed in seeds], config)
+
+    monkeypatch.setattr(pipeline, 'Streams', OfGPU)
+    for module in (pipeline, script):
+        monkeypatch.setattr(module, 'check_fit', lambda *_: None)  # which would miss the GPU
+    generate('--noise-device=cuda', seeds='0-5')
+    generate(seeds='1000-1005', out='same')
+    labels = [json.loads((tmp_path / name / 'dataset.json').read_text())['labels'] for name in ('out', 'same')]
+    assert [label for _, label in labels[0]] == [label for _, label in labels[1]]
+    assert np.array_equal(pixels(tmp_path / 'out/000003.png'), pixels(tmp_path / 'same/001003.png'))
 
 
 def test_classes_by_name(generate, tmp_path):

@@ -277,9 +277,9 @@ def test_classes_of_many_seeds_need_few_latents(monkeypatch, tiny_config):
     made = []
 
     class Spy(pipeline.Streams):
-        def __init__(self, seeds, config):
+        def __init__(self, seeds, config, device):
             made.append(len(seeds))
-            super().__init__(seeds, config)
+            super().__init__(seeds, config, device)
 
     seeds = list(range(300))
     expected = pipeline.Streams(seeds, tiny_config).drawn
