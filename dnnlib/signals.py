@@ -1,5 +1,6 @@
 """Being asked to stop, by a scheduler or at the keyboard, without being cut off in the middle of something."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -42,6 +43,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and os.environ.get('RANK', '0') == '0':  # a step may take long; print is not safe
+            os.write(2, b'\nstops after this step, with everything saved; another Ctrl-C ends it at once\n')
         self.received = self.received or signal.Signals(number).name
 
 

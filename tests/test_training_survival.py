@@ -88,6 +88,7 @@ def test_asked_to_stop(whole, arguments, tmp_path, name):
     assert 1024 < int(nimg) < 4096 and 'Traceback' not in output
     assert f'stopped by {name}' in (tmp_path / 'log.txt').read_text()
     assert not list(tmp_path.glob('.*.tmp'))
+    assert ('another Ctrl-C ends it at once' in output) == (name == 'SIGINT')
     if name != 'SIGTERM':
         return
     process = start(arguments, tmp_path)
