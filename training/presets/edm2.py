@@ -132,7 +132,7 @@ def _small(side: int, architecture: EDM2Config, lr: float, duration: int) -> Tra
         method=DenoisingConfig(LogNormal(-0.8, 1.6)),
         snapshot=duration * Mi // 32,
         checkpoint=duration * Mi // 8,
-        status=16 * 1024,
+        status=duration * Mi // 4096,  # 1024 images at 32 pixels: less than a minute on a CPU
         preview=duration * Mi // 32,
     )
 
