@@ -34,7 +34,8 @@ $(READY) $(READY_ALL): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	@for build in $(BUILDS); do \
-		echo "Installing $$build and what constraints.txt lists (without +cpu, on Linux: with gigabytes of CUDA)"; \
+		case $$build in *+cpu*) cuda=;; *) cuda=' (on Linux it brings gigabytes of CUDA packages)';; esac; \
+		echo "Installing $$build$$cuda and what constraints.txt lists"; \
 		$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt $$build '.[$(EXTRAS)]' \
 			&& touch $(READY) $@ && exit 0; \
 	done; rm -rf $(VENV); echo 'Nothing could be installed; pip says why. README.md has the plain pip commands.'; exit 1
