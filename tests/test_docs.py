@@ -61,10 +61,12 @@ def test_commands_are_understood(page, words):
 
 
 def snippets(page) -> list[str]:
-    """Blocks of Python in a page, indented by four, that load something that the demo leaves."""
-    blocks = re.findall(r'(?:^(?: {4}.*)?\n)+', page.read_text(encoding='utf-8'), re.MULTILINE)
-    code = [re.sub(r'^ {4}', '', block, flags=re.MULTILINE) for block in blocks]
-    return [block for block in code if re.match(r'\s*(from|import) \w+', block) and 'demo/' in block]
+    """Blocks of Python in a page, fenced or indented by four, that load something that commands of the pages leave."""
+    text = page.read_text(encoding='utf-8')
+    fenced = re.findall(r'^```python\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r'(?:^(?: {4}.*)?\n)+', text, re.MULTILINE)
+    code = [*fenced, *(re.sub(r'^ {4}', '', block, flags=re.MULTILINE) for block in blocks)]
+    return [block for block in code if re.match(r'\s*(from|import) \w+', block) and re.search(r"'(demo|data)/", block)]
 
 
 @pytest.mark.slow
@@ -92,7 +94,7 @@ def test_what_a_cpu_can_run(tmp_path):
             process = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True)
             assert process.returncode == 0, f'{page.name}: {code}: {process.stderr.decode()[-2000:]}'
             seen.append(page.name)
-    assert {'README.md', 'metrics.md'} <= set(seen)
+    assert {'README.md', 'metrics.md', 'sampling.md', 'datasets.md'} <= set(seen)
 
 
 @pytest.mark.slow
