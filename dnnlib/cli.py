@@ -20,7 +20,7 @@ RENAMED = {
     '--bench': '--bench is not needed here; --compile makes networks faster',
     '--sigma_min': '--sigma_min is --sigma-min here',
     '--sigma_max': '--sigma_max is --sigma-max here',
-    '--outkimg': '--outkimg is --outnimg here, in images: --outnimg=8389k for --outkimg=8389',
+    '--outkimg': '--outkimg is --outnimg here, in images: --outnimg=8388k for --outkimg=8388',
     '--inprefix': '--inprefix is not there: snapshots are found by their names; put others in another folder',
     '--skip': '--skip is not there: ask only for what is missing; generate.py has --skip-existing',
     '--num': '--num=N is --subset=N of calc here, and --seeds=0-M of gen',

@@ -166,11 +166,14 @@ class Plan:
         Args:
             snapshots: As found.
             wanted: The networks.
-            nimg: Time wanted, between the first snapshot and the last; None for that of the last.
+            nimg: Time wanted, between the first snapshot and the last; None for that of the last. Whole thousands also
+                stand for the snapshot that they name.
         """
         names = [name for name, _ in _network(snapshots[0]).named_parameters()]
         first, last = snapshots[0].info.nimg, snapshots[-1].info.nimg
         nimg = last if nimg is None else nimg
+        if nimg % 1000 == 0:  # 4194k may be 4 Mi: names of files have thousands, rounded down
+            nimg = next((s.info.nimg for s in snapshots if s.info.nimg // 1000 == nimg // 1000), nimg)
         found = [problem for each in wanted for problem in each.problems(names)]
         labels = [each.label for each in wanted]
         if len(set(labels)) < len(labels):

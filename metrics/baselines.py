@@ -61,7 +61,7 @@ def reference_file(ref: str, offline: bool = False) -> Path:
         return download(known.url, offline=offline)
     path = local_file(ref, offline)
     if not path.exists():
-        raise UserError(f'{ref} is no file or folder, and an {unknown_choice("baseline", ref, BASELINES)}')
+        raise UserError(f'{ref} is no file or folder; {unknown_choice("baseline", ref, BASELINES)}')
     return path
 
 

@@ -761,6 +761,13 @@ def test_reconstruction_from_raw_snapshots(tmp_path, raw_snapshots):
         assert tensor.dtype == torch.float32 and torch.equal(tensor, other[name]), name
 
 
+def test_thousands_mean_the_snapshot_that_they_name(raw_snapshots):
+    """EDM2's --outkimg=16777 is --outnimg=16777k, of which 16 Mi are no multiple."""
+    snapshots = find_snapshots(raw_snapshots)
+    for nimg, meant in ((16777000, 2**24), (2**24 - 1, 2**24 - 1), (16778000, 16778000)):
+        assert Plan.make(snapshots, [Wanted.of_length(0.075)], nimg).nimg == meant
+
+
 def test_converted_snapshots_beside_their_originals_count_once(tmp_path, raw_snapshots):
     for path in raw_snapshots.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

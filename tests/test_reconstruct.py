@@ -158,7 +158,7 @@ def test_doubts_are_told(folder, saved, tmp_path):
 
 def test_times(folder, saved):
     snapshots = find_snapshots(folder)
-    for nimg, message in ((2000, 'no snapshot at or before 2000 images; the first is at 2048'),
+    for nimg, message in ((1999, 'no snapshot at or before 1999 images; the first is at 2048'),
                           (99999, 'training ended at 24576 images, before 99999')):  # fmt: skip
         with pytest.raises(UserError, match=message):
             Plan.make(snapshots, lengths(0.1), nimg)
