@@ -19,6 +19,7 @@ from dnnlib.images import image_grid, save_png
 from dnnlib.signals import StopSignals
 from evaluation.measure import Evaluator, Generation, MeasureConfig
 from evaluation.options import measure_config, measure_options
+from networks.config import NetworkConfig
 from networks.denoiser import EMULATED, Denoiser, is_emulated
 from networks.encoders import Encoder, load_encoder
 from sampling.config import SamplerConfig
@@ -181,10 +182,23 @@ def resolve(
             f'warning: {preset} is made for images of shape {expected}, these are {dataset.image_shape}', err=True
         )
     config = make_config(preset, overrides, dataset, data or '', cond)
+    if asked := overrides.get('attn_resolutions'):
+        check_attention(asked, config.network)
     config = config.method.resolved(config, offline).check(world_size)
     if config.init:
         check_initial(config.init, config.network, offline)
     return config, dataset
+
+
+def check_attention(asked: list[int], network: NetworkConfig) -> None:
+    """Refuse to leave out attention that was asked for. (Presets' own may be left out: images have other sizes.)"""
+    sides = [min(network.img_resolution) >> i for i in range(len(network.architecture.channel_mult))]
+    if wrong := [side for side in asked if side not in sides]:
+        near = sorted({min(sides, key=lambda side: abs(side - n)) for n in asked}, reverse=True)
+        raise UserError(
+            f'no level has a shorter side of {wrong[0]}; levels have {", ".join(map(str, sides))} '
+            f'(try --attn-resolutions={",".join(map(str, near))})'
+        )
 
 
 def with_micro_batch(config: TrainConfig, folder: Path, device: torch.device, notes: list[str]) -> TrainConfig:

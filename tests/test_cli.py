@@ -52,6 +52,10 @@ CASES = {
     'folder that is a file': (GENERATE.replace('{out}', '{place}/file'), 'file is a file; a folder is needed'),
     'number of images': (TRAIN + ' --duration=8mi', "cannot read '8mi' as a number of images"),
     'two problems': (TRAIN + ' --duration=1000 --dropout=2', 'dropout must be in [0, 1), not 2.0; duration must be'),
+    'attention at no level': (
+        TRAIN + ' --attn-resolutions=5,4',
+        'no level has a shorter side of 5; levels have 8, 4 (try --attn-resolutions=4)',
+    ),
     'batch of nothing': (TRAIN + ' --batch=0', 'the batch must be at least 1'),
     'no such GPU': (TRAIN + ' --device=cuda', 'device cuda:0 is not there'),
     'no such device': (TRAIN + ' --device=foo', "unknown device 'foo'"),

@@ -19,7 +19,7 @@ PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 SMALL = {
     'train.py --preset=edm2plus-digits': '--channels=16 --channel-mult=1 --channels-per-head=16 '
     '--snapshot=16Ki --batch=256',
-    'train.py --preset=edm2plus-img32-tiny': '--channels=48 --channel-mult=1 --num-blocks=1 --attn-resolutions=8 '
+    'train.py --preset=edm2plus-img32-tiny': '--channels=48 --channel-mult=1 --num-blocks=1 '
     '--duration=1Ki --batch=64 --rampup=256 --status=512',
     'train.py --preset=ladder-c-digits': '--duration=2Ki --snapshot=2Ki',
     'sweep.py': '--seeds=0-19 --steps=2 --outstd=0.05,0.10',
