@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset.order import BatchOrder
 from dataset.reader import ImageDataset
@@ -18,6 +20,7 @@ from networks.denoiser import Denoiser
 from networks.encoders import decode_pixels, encode_pixels
 from networks.files import load_network
 from tests.helpers import assert_same_tensors, state_tensors
+from torch_utils import finite
 from torch_utils.tensor_files import TensorFile, save_tensors
 from training.config import Averages, TrainConfig, refuse_differences
 from training.inputs import training_draws
@@ -96,6 +99,54 @@ def test_non_finite_gradients_become_zero_and_are_counted(tiny_config):
     by_name = dict(zip([name for name, _ in net.named_parameters()], counts.tolist(), strict=True))
     assert by_name.pop('unet.out_conv.weight') == 3 and not any(by_name.values())
     assert norm == 3 and grad[:4].tolist() == [0, 0, 0, 3]
+
+
+@pytest.mark.parametrize(('policy', 'infinite'), [('zero', 0.0), ('clamp', 1e5)])
+def test_gradients_are_cleaned_together_as_one_by_one(policy, infinite, monkeypatch):
+    monkeypatch.setattr(finite, 'SMALL', 100)
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(), (2, 4, 3, 3), (5, 4, 3, 3), (7,), (10, 10), (101,), (5, 4, 1, 1)]  # joined or large
+    parameters = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+    for i, p in enumerate(parameters):
+        layout = torch.channels_last if p.ndim == 4 else torch.contiguous_format
+        p.data = p.data.to(memory_format=layout)
+        p.grad = torch.randn(p.shape, generator=draw).to(memory_format=layout)
+        for value in (math.nan, math.inf, -math.inf):
+            p.grad[torch.rand(p.shape, generator=draw) < 0.1 * i] = value
+    parameters[3].grad = None
+    expected = [None if p.grad is None else p.grad.nan_to_num(0, infinite, -infinite) for p in parameters]
+    bad = [0 if p.grad is None else int((~p.grad.isfinite()).sum()) for p in parameters]
+    counts, norm = clean_gradients(parameters, policy)
+    assert counts.tolist() == bad and sum(n > 0 for n in bad) == 5
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip((p.grad for p in parameters), expected, strict=True))
+    assert norm.item() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in expected if g is not None)))
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are more than views, and those that make the host wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert not str(operation).startswith(('aten._local_scalar', 'aten.index')), operation
+        self.count += not operation.is_view
+        return operation(*args, **(kwargs or {}))
+
+
+def test_small_gradients_take_no_operation_each():
+    """On a device that has to be waited for; the count is that of joined tensors, 3 for each large one."""
+    counts = []
+    for small, large in ((10, 0), (100, 0), (100, 2)):
+        sizes = [64] * small + [finite.SMALL + 1] * large
+        parameters = [nn.Parameter(torch.empty(n, device='meta')) for n in sizes]
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        with Launches() as launches:
+            clean_gradients(parameters)
+        counts.append(launches.count)
+    assert counts[0] < 25 and counts[1] == counts[0] and counts[2] <= counts[0] + 2 * 4
 
 
 @pytest.mark.parametrize('micro_batch', [None, 64])

@@ -6,6 +6,8 @@ import math
 import torch
 from torch import nn
 
+from torch_utils.finite import replace_nonfinite
+
 LARGEST = torch.finfo(torch.float32).max
 NONFINITE = {'zero': (0.0, 0.0), 'clamp': (0.0, 1e5)}  # what NaN and infinities become; `clamp` is EDM's
 
@@ -78,17 +80,14 @@ def clean_gradients(
         Number of replaced elements of each parameter, int64 [number of parameters], and the norm of the gradient
         before it was scaled, on the device.
     """
-    nan, infinite = NONFINITE[policy]
     nonfinite = torch.zeros(len(parameters), dtype=torch.int64, device=parameters[0].device)
-    there = [i for i, p in enumerate(parameters) if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return nonfinite, torch.zeros((), device=parameters[0].device)
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
     if norm.device.type != 'cpu' or not norm.isfinite():  # looking makes a CPU wait for nothing
-        nonfinite[there] = torch.stack([(g * 0).count_nonzero() for g in gradients])  # NaN is not 0
-        for g in gradients:
-            torch.nan_to_num(g, nan=nan, posinf=infinite, neginf=-infinite, out=g)
+        counts = iter(replace_nonfinite(gradients, *NONFINITE[policy]))
+        nonfinite = torch.stack([nonfinite[0] if p.grad is None else next(counts) for p in parameters])
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
     if clip is not None:
         torch._foreach_mul_(gradients, (clip / norm.clamp(min=clip)))
