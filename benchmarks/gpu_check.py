@@ -21,8 +21,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.check_lines import Line
-from benchmarks.machine_checks import CHECKS
+from benchmarks.machine_checks import CHECKS, Line
 from dnnlib import cli
 from dnnlib.errors import UserError, choose
 

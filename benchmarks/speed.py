@@ -5,8 +5,10 @@ python -m benchmarks.speed --device=cuda --precisions=fp32,bf16 --compile --json
 python -m benchmarks.speed --networks=edm2-img64-s,edm2plus-img64-s,edm-imagenet64-adm,sid2-img64-small
 
 As the formulation, weights are normalized in every call, MP-SiLU and MP-sums are computed as they are written, features
-are channels-first, nothing is compiled. Users get what `generate.py` and `train.py` do. Ratios are medians over rounds
-in which all cases are measured in turn, each to the reference as the formulation in float32 of the same round.
+are channels-first, nothing is compiled; training overwrites weights in every call, too, differentiates by autograd
+alone, cleans every gradient and takes Adam as PyTorch has it by default. Users get what `generate.py` and `train.py`
+do. Ratios are medians over rounds in which all cases are measured in turn, each to the reference as the formulation in
+float32 of the same round.
 """
 
 import contextlib
@@ -27,8 +29,10 @@ from networks.edm2 import unet
 from networks.edm2.magnitude import MPConv, normalize
 from sampling.portions import Execution, evaluating
 from torch_utils import distributed
+from training import update
 from training.inputs import training_inputs
 from training.monitor.timing import PhaseTimer
+from training.optimizer import Optimizer
 from training.presets.table import get_preset
 
 REFERENCE = 'edm2-img64-s'
@@ -40,10 +44,26 @@ def as_written(layer: MPConv, x: torch.Tensor, gain: torch.Tensor | float = 1.0)
     return (normalize(layer.weight) * (gain / math.sqrt(layer.weight[0].numel()))).to(x.dtype)
 
 
+def default_adam(config: Optimizer, net: torch.nn.Module) -> torch.optim.Adam:
+    """Neither fused nor told how to go through the parameters."""
+    return torch.optim.Adam(net.parameters(), 0.0, (config.beta1, config.beta2), config.eps)
+
+
+def every_gradient(parameters: list[torch.nn.Parameter], *_) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace what is not finite, parameter by parameter, and measure nothing."""
+    for p in parameters:
+        if p.grad is not None:
+            torch.nan_to_num(p.grad, nan=0, posinf=0, neginf=0, out=p.grad)
+    return torch.zeros(len(parameters)), torch.zeros(())
+
+
 @contextlib.contextmanager
 def formulation() -> Iterator[None]:
-    """Let networks of EDM2's kind be what the papers write."""
+    """Let networks of EDM2's kind, and their training, be what the papers write."""
     mine = {
+        (update, 'settled'): lambda *_: contextlib.nullcontext(),
+        (update, 'clean_gradients'): every_gradient,
+        (Optimizer, 'build'): default_adam,
         (unet.Block, 'fused'): False,
         (unet, 'features_format'): lambda *_: torch.contiguous_format,
         (MPConv, 'weight_for'): as_written,
@@ -140,6 +160,8 @@ def training_cases(preset: str, precision: str, compiled: bool, batches: tuple[i
     step = one_step(preset, precision, batches[1], compiled, device)
     yield Case('train', preset, 'users', precision, compiled, batches[1], step)
     if not compiled and preset.startswith('edm2'):
+        with formulation():  # which builds another optimizer
+            step = one_step(preset, precision, batches[1], False, device)
         yield Case('train', preset, 'formulation', precision, False, batches[1], step)
 
 

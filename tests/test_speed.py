@@ -1,6 +1,8 @@
 """What makes it fast changes nothing: the papers' formulation, layouts, weights settled once a step; the benchmark."""
 
+import contextlib
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -24,6 +26,7 @@ from tests.test_networks import golden_inputs, golden_net
 from tests.test_sampling import busy, images_of
 from torch_utils.tf32 import tf32
 from training.config import Averages
+from training.inputs import training_inputs
 from training.monitor.timing import PhaseTimer
 from training.presets.table import get_preset
 from training.state import TrainState
@@ -48,14 +51,14 @@ def test_layouts_and_settled_weights_give_the_same_gradients(name, monkeypatch):
     monkeypatch.setattr(MPConv, 'settle', lambda layer: forced.append(layer) or settle(layer))
     for layout in (torch.channels_last, torch.contiguous_format):
         monkeypatch.setattr(unet, 'features_format', lambda *_, layout=layout: layout)
-        for once in (False, True):
+        for once in ('never', 'settled', 'gathering'):
             net = golden_net(name).train()
             seen = []
             for part in (*net.unet.enc.values(), *net.unet.dec.values()):
                 part.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
             forced.clear()
-            if once:
-                with settled(net):
+            if once != 'never':
+                with settled(net, gathering=once == 'gathering'):
                     for _ in range(2):  # micro-batches
                         net(*inputs).square().mean().backward()
                 assert len(forced) == len(set(forced)) > 30
@@ -65,11 +68,36 @@ def test_layouts_and_settled_weights_give_the_same_gradients(name, monkeypatch):
                 assert len(forced) > len(set(forced))
             assert all(out.is_contiguous(memory_format=layout) for out in seen)
             found[layout, once] = [p.grad for p in net.parameters() if p.grad is not None]
-    first = found.pop((torch.channels_last, False))
+    first = found.pop((torch.channels_last, 'never'))
     scale = max(g.norm() for g in first)
     for gradients in found.values():
         for a, b in zip(gradients, first, strict=True):
             assert (a - b).norm() < 3e-5 * scale  # thirty layers' roundings; was 1.1e-5
+
+
+def test_steps_have_the_gradient_of_the_formulation(monkeypatch):
+    """In one batch and in micro-batches, whose weights are computed once."""
+    computed, used_weight, found = Counter(), MPConv.used_weight, []
+    monkeypatch.setattr(MPConv, 'used_weight', lambda layer, *a: computed.update([layer]) or used_weight(layer, *a))
+    for around, micro in ((speed.formulation, 8), (contextlib.nullcontext, 8), (contextlib.nullcontext, 2)):
+        config = replace(get_preset('edm2plus-digits'), batch=8, micro_batch=micro, augment=None)
+        with around():
+            method = config.method.build(config, torch.device('cpu'))
+            for name, p in method.net.named_parameters():
+                if name.endswith('_gain'):
+                    torch.nn.init.ones_(p)
+            computed.clear()
+            stored = torch.randint(256, (8, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+            parts = zip(*(x.split(micro) for x in (stored, torch.arange(8), torch.arange(8))), strict=True)
+            inputs = [training_inputs(y, c, n.tolist(), config, torch.device('cpu')) for y, c, n in parts]
+            method.step(iter(inputs), 0, PhaseTimer(torch.device('cpu')))
+        found.append([p.grad for p in method.net.parameters()])
+        assert set(computed.values()) == ({1} if around is contextlib.nullcontext else set())
+        assert not any(layer.gathering or layer.kept is not None for layer in method.net.modules() if layer in computed)
+    scale = max(g.norm() for g in found[0])
+    for gradients in found[1:]:
+        for a, b in zip(gradients, found[0], strict=True):
+            assert (a - b).norm() < 3e-6 * scale  # ten layers' roundings
 
 
 def test_layouts_as_measured(monkeypatch):

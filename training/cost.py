@@ -100,6 +100,7 @@ def memory(config: TrainConfig, world_size: int) -> dict[str, int]:
         parameters = sum(p.numel() for p in Denoiser(config.network).parameters())
     activations, weights = kept_for_gradients(config.network, config.precision)
     method = config.method
+    weights *= 3 if world_size == 1 and config.precision != 'fp32' else 1  # gathered gradients want them in float32
     copies = method.trained * (1 + 1 + 2) + method.frozen + _emas(config)  # weights, gradients, two moments; averages
     copies += method.trained if world_size > 1 else 0  # buckets in which gradients travel
     return {

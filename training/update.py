@@ -45,7 +45,8 @@ class Update:
         stats = StepStats(LossSums(self.edges), config.optimizer.at(nimg, config.batch))
         # DistributedDataParallel averages over ranks; the loss is averaged over the total batch.
         scale = config.loss_scaling * distributed.world_size() / config.batch
-        with settled(self.plain):
+        # Between ranks, gradients that are gathered would travel when all are there, and not before.
+        with settled(self.plain, self.rounds > 1 and distributed.world_size() == 1 and not config.compile):
             self._accumulate(arguments, scale, stats, timer)
         with timer.phase('optimizer'):
             for group in self.optimizer.param_groups:
