@@ -33,7 +33,7 @@ $(READY_ALL): EXTRAS := demo,report,dev,dino,latents,tensorboard,parquet,oracles
 $(READY) $(READY_ALL): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
-	@for build in $(BUILDS); do \
+	@trap 'rm -rf $(VENV); exit 1' INT TERM; for build in $(BUILDS); do \
 		case $$build in *+cpu*) cuda=;; *) cuda=' (on Linux it brings gigabytes of CUDA packages)';; esac; \
 		echo "Installing $$build$$cuda and what constraints.txt lists"; \
 		$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt $$build '.[$(EXTRAS)]' \

@@ -11,12 +11,13 @@ import pytest
 from tests.conftest import ROOT
 from tests.resolve_constraints import PYTHONS, pins
 
-# Makes a virtual environment that consists of itself; as pip, takes only what has $WORKS among its words.
+# Makes a virtual environment that consists of itself; as pip, takes only what has $WORKS among its words, and is
+# interrupted where there is a file of that name.
 PYTHON = """#!/bin/sh
 case "$*" in
     *version_info*) exit 0 ;;
     '-m venv '*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-    '-m pip '*) echo "$*" >> pip.log; case "$*" in *"$WORKS"*) exit 0 ;; esac; exit 1 ;;
+    '-m pip '*) echo "$*" >> pip.log; [ -e interrupt ] && kill -INT $PPID && exit 1; case "$*" in *"$WORKS"*) exit 0 ;; esac; exit 1 ;;
 esac
 """
 
@@ -72,6 +73,12 @@ def test_a_failed_set_up_leaves_nothing(set_up, tmp_path):
 def test_only_a_gpu_brings_cuda(set_up, nvidia_smi, build):
     _, asked = set_up('', nvidia_smi)
     assert len(asked) == 1 and f' {build} .' in asked[0]
+
+
+def test_an_interrupted_set_up_leaves_nothing(set_up, tmp_path):
+    (tmp_path / 'interrupt').touch()  # as pip ends at a Ctrl-C, which its shell gets, too
+    process, asked = set_up('+cpu')
+    assert process.returncode and len(asked) == 1 and not (tmp_path / '.venv').exists()
 
 
 def test_a_chosen_build_is_the_only_one_tried(set_up):
