@@ -5,9 +5,11 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 
 from dataset.reader import ImageDataset, open_dataset
@@ -15,7 +17,7 @@ from dnnlib import cli
 from dnnlib.configs import parse_setting
 from dnnlib.errors import UserError
 from dnnlib.files import make_folder, read_object
-from dnnlib.images import image_grid, save_png
+from dnnlib.images import captioned, image_grid, save_png
 from dnnlib.signals import StopSignals
 from evaluation.measure import Evaluator, Generation, MeasureConfig
 from evaluation.options import measure_config, measure_options
@@ -253,11 +255,16 @@ def make_preview(config: TrainConfig, device: torch.device, folder: Path, vae: s
     except UserError as error:
         click.echo(f'warning: no sample grids will be drawn: {error}', err=True)
         return None
-    return lambda net, nimg: draw_samples(net, nimg, folder, encoder, config.sampler)
+    return lambda net, nimg: draw_samples(net, nimg, folder, encoder, config.sampler, config.class_names)
 
 
-def draw_samples(net: Denoiser, nimg: int, folder: Path, encoder: Encoder, config: SamplerConfig):
-    """Write a grid of samples with a class per column, the same seeds each time, to samples-KIMG.png; return it."""
+def draw_samples(
+    net: Denoiser, nimg: int, folder: Path, encoder: Encoder, config: SamplerConfig, names: Sequence[str] = ()
+) -> np.ndarray:
+    """Write a grid of samples with a class per column, the same seeds each time, to samples-KIMG.png; return it.
+
+    Columns have the names of their classes above them, where there are `names`.
+    """
     label_dim = net.config.label_dim
     columns = min(label_dim, 10) or 10
     classes = [i * label_dim // columns for i in range(columns)] if label_dim else None
@@ -266,6 +273,7 @@ def draw_samples(net: Denoiser, nimg: int, folder: Path, encoder: Encoder, confi
     made = generate(net, range(5 * columns), config, classes=classes, encoder=encoder)
     pixels = torch.cat([batch.images for batch in made]).permute(0, 2, 3, 1).numpy()
     grid = image_grid(pixels, columns, max(1, 64 // pixels.shape[1]))
+    grid = captioned(grid, [names[i] for i in classes]) if names and classes else grid
     save_png(folder / f'samples-{nimg // KIMG:07d}.png', grid)
     return grid
 

@@ -17,7 +17,9 @@ PYTHON = """#!/bin/sh
 case "$*" in
     *version_info*) exit 0 ;;
     '-m venv '*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-    '-m pip '*) echo "$*" >> pip.log; [ -e interrupt ] && kill -INT $PPID && exit 1; case "$*" in *"$WORKS"*) exit 0 ;; esac; exit 1 ;;
+    '-m pip '*) echo "$*" >> pip.log
+        [ -e interrupt ] && kill -INT $PPID && exit 1
+        case "$*" in *"$WORKS"*) exit 0 ;; esac; exit 1 ;;
 esac
 """
 

@@ -17,13 +17,15 @@ from diffusion.levels import LogNormal
 from dnnlib.configs import replaced
 from dnnlib.errors import UserError
 from dnnlib.files import write_json
+from dnnlib.images import CAPTION
 from dnnlib.jsonl import append_record, cut_records, read_records
 from networks.complexity import saved_bytes
 from networks.denoiser import Denoiser
-from networks.encoders import encode_pixels
+from networks.encoders import PixelEncoder, encode_pixels
 from networks.magnitudes import magnitudes, mean_and_max
+from sampling.config import SamplerConfig
 from tests.helpers import edm2_network, needs_compiler
-from train import with_micro_batch
+from train import draw_samples, with_micro_batch
 from training.cost import fitting_micro_batch, format_bytes, memory, plan
 from training.heldout import held_out_loss, split
 from training.inputs import training_draws
@@ -441,3 +443,11 @@ def test_metrics_along_the_way(archive, run_script, tmp_path):
     process = run_script('train.py', *arguments[:-1], '--metrics=fib', f'--outdir={tmp_path / "other"}')
     assert process.returncode == 2 and "unknown metric 'fib'" in process.stderr
     assert not (tmp_path / 'other').exists()
+
+
+def test_sample_grids_name_their_classes(tmp_path, tiny_config):
+    net, names = Denoiser(tiny_config).eval(), [f'class {i}' for i in range(tiny_config.label_dim)]
+    how = (tmp_path, PixelEncoder(), SamplerConfig(steps=2))
+    plain, named = draw_samples(net, 1000, *how), draw_samples(net, 2000, *how, names)
+    assert np.array_equal(named[CAPTION:], plain) and len(named) == len(plain) + CAPTION
+    assert (named[:CAPTION] < 128).sum() > 20 * len(names)  # every column has its text
