@@ -25,7 +25,7 @@ def describe_run(device: torch.device, batch_size: int) -> dict[str, Any]:
     """When, how and on what this process measures."""
     return {
         'time': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
-        'command': shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        'command': f'python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}',
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         'ranks': distributed.world_size(),
         'batch': batch_size,

@@ -481,7 +481,7 @@ def test_all_inception_metrics_in_one_pass(run, data, tmp_path, inception, monke
     assert values[1].items() <= values[0].items() and values[1]['fid'] > 1e-3
     assert records[0]['images']['generation'] == {'seeds': '0-2', 'sampler': {'steps': 5}}
     assert records[0]['detectors']['inception'].endswith(inception)
-    assert records[0]['run']['command'].startswith('calculate_metrics.py calc --images=')
+    assert records[0]['run']['command'].startswith('python calculate_metrics.py calc --images=')
     assert records[0]['reference']['sha256'] == hashlib.sha256(ref.read_bytes()).hexdigest()
     assert not any('weights' in warning for warning in records[0]['warnings'])
 
