@@ -72,6 +72,7 @@ test-all: setup-all lint
 
 # Asks the package index whether every supported Python can install constraints.txt.
 resolve: setup
+	python -m pip install --quiet --upgrade pip  # old ones hold wheels against the Python that runs pip
 	python -m tests.resolve_constraints
 
 lint: setup
