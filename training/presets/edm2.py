@@ -131,7 +131,7 @@ def _small(side: int, architecture: EDM2Config, lr: float, duration: int) -> Tra
         batch=256,
         method=DenoisingConfig(LogNormal(-0.8, 1.6)),
         snapshot=duration * Mi // 32,
-        checkpoint=duration * Mi // 8,
+        checkpoint=duration * Mi // 32,
         status=duration * Mi // 4096,  # 1024 images at 32 pixels: less than a minute on a CPU
         preview=duration * Mi // 32,
     )
