@@ -21,7 +21,8 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.machine_checks import CHECKS, Line
+from benchmarks.check_lines import Line
+from benchmarks.machine_checks import CHECKS
 from dnnlib import cli
 from dnnlib.errors import UserError, choose
 

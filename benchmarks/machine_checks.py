@@ -22,10 +22,11 @@ from pathlib import Path
 
 import click
 import torch
-import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.check_lines import EVALUATED, TRAINED, Line, apart, busy, timed, within
+from benchmarks.rank_checks import ranks
 from dataset.order import Batch
 from dataset.reader import ImageDataset
 from dnnlib import cli
@@ -35,11 +36,10 @@ from networks.edm2.magnitude import MPConv
 from tests.golden_networks import RELATIVE, golden_evaluation, golden_inputs, golden_net, golden_training
 from tests.helpers import make_archive, state_tensors
 from torch_utils import distributed
+from torch_utils.tf32 import tf32 as tf32_allowed
 from training.cost import USABLE, device_memory, fitting_micro_batch, format_bytes
 from training.cost import memory as estimate
-from training.inputs import training_inputs
 from training.loop import train
-from training.methods.denoising import DenoisingLoss
 from training.monitor.log import read_stats
 from training.monitor.timing import PhaseTimer
 from training.optimizer import Optimizer
@@ -49,41 +49,6 @@ from training.step import Stepper
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests/golden/edm2.json'
-# Of float32, relative. Weights rounded to 1e-5 move golden evaluations by up to 1.4e-4, and what three steps of Adam
-# make of them by up to 1e-3, which the golden file calls safe; the 11 bits of TF32 move evaluations by 1e-3 and more.
-EVALUATED, TRAINED = 2e-4, 1e-3
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One line of the page; `ok` is None where nothing was checked, and `why` says why."""
-
-    what: str
-    measured: str
-    expected: str
-    ok: bool | None
-    why: str = ''
-
-
-def within(what: str, value: float, most: float, note: str = '', least: float = 0.0) -> Line:
-    """A number that is to lie between two others; NaN does not."""
-    expected = f'{least:g} to {most:g}' if least else f'at most {most:g}'
-    return Line(what, f'{value:.2g}' + (f' ({note})' if note else ''), expected, least <= value <= most)
-
-
-def apart(actual: dict, expected: dict) -> float:
-    """Largest difference, relative to the root mean square of all that is expected."""
-    a, b = (torch.cat([torch.as_tensor(d[name]).double().flatten() for name in expected]) for d in (actual, expected))
-    return ((a - b).abs().max() / b.square().mean().sqrt()).item()
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call."""
-    start = time.perf_counter()
-    call()
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def machine(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
@@ -136,6 +101,28 @@ def golden_errors(name: str, precision: str, device: torch.device, expected: dic
     }
 
 
+@torch.no_grad()
+def tf32(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
+    """What `--tf32` changes: on a GPU something, but less than bf16 does; on a CPU nothing."""
+    preset = 'edm2plus-digits' if device.type == 'cpu' else 'edm2plus-img64-xs'
+    net = busy(Denoiser(get_preset(preset).network).eval())
+    x = torch.randn(2, *net.config.image_shape, generator=torch.Generator().manual_seed(0))
+    exact, net = net(x, torch.ones(2)), net.to(device)
+    found = []
+    for allowed in (False, True):
+        with tf32_allowed(allowed):
+            found.append(net(x.to(device), torch.ones(2, device=device)).cpu())
+    without, rounded = (((D - exact).norm() / exact.norm()).item() for D in found)
+    if device.type == 'cpu':
+        yield Line(f'--tf32, {preset}', f'{rounded:.2g}', '0: a CPU has none', torch.equal(*found))
+        return
+    yield within(f'float32 without --tf32 to that of the CPU, {preset}', without, EVALUATED)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        yield Line(f'--tf32, {preset}', f'{rounded:.2g}', '', None, 'this GPU has none')
+    else:
+        yield within(f'--tf32 to float32 of the CPU, {preset}', rounded, RELATIVE['bf16'], least=EVALUATED)
+
+
 def operations(call: Callable[[], object], device: torch.device, word: str) -> str:
     """Operators with a word in their name that a call runs, each with the kernels of the device that it launches."""
     timed(call, device)  # a library may try kernels the first time
@@ -179,14 +166,6 @@ def kernels(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
             yield Line(what, measured, '', None, 'too small to be timed')
         else:
             yield Line(what, measured, 'channels-last, which is used, at most 1.2 times the other', last <= 1.2 * first)
-
-
-def busy(net: Denoiser) -> Denoiser:
-    """A network with no gain at 0, where it would pass nothing on."""
-    for name, parameter in net.named_parameters():
-        if name.endswith('_gain'):
-            torch.nn.init.ones_(parameter)
-    return net
 
 
 def compiled(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
@@ -255,31 +234,6 @@ def resume(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
         what, found = f'{what}, algorithms chosen by speed', differing(first, run(what, slice_))
         why = '' if device.type == 'cpu' else 'a GPU may then add in another order, even in two uninterrupted runs'
         yield Line(what, found, '' if why else '0', None if why else found.startswith('0 '), why)
-
-
-def ranks(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
-    """Sums over ranks, and a gradient by all of them against one process's; torchrun starts it."""
-    if not dist.is_initialized():  # one rank has no group otherwise
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
-    rank, n = distributed.rank(), distributed.world_size()
-    name = f'{"NCCL" if device.type == "cuda" else "gloo"}, {n} rank{"s"[: n > 1]}'
-    total = distributed.all_reduce_sum(torch.full((2**20,), rank + 1.0, device=device))
-    sum_ = n * (n + 1) / 2
-    yield Line(f'{name}, sum', f'{total.min():g} to {total.max():g}', f'{sum_:g}', bool((total == sum_).all()))
-    config, gradients = dataclasses.replace(get_preset('edm2plus-digits'), batch=8 * n), []
-    stored = torch.randint(0, 256, (8 * n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for rows in (slice(rank, None, n), slice(None)):  # this rank's images, then all by itself
-        numbers, method = list(range(8 * n))[rows], config.method.build(config, device)
-        busy(method.net)
-        inputs = training_inputs(stored[rows], torch.tensor(numbers) % 10, numbers, config, device)
-        if not gradients:
-            method.step(iter([inputs]), 0, PhaseTimer(device))  # its learning rate is 0
-        else:
-            _, losses, _ = DenoisingLoss(method.net, config.method)(*method.draw(method.net, inputs, 0))
-            (losses.sum() / config.batch).backward()
-        gradients.append({name: p.grad.cpu() for name, p in method.net.named_parameters()})
-    worst = distributed.all_reduce_max(torch.tensor(apart(*gradients), dtype=torch.float64, device=device)).item()
-    yield within(f'{name}, gradient to that of one process', worst, TRAINED)
 
 
 def memory(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
@@ -358,8 +312,8 @@ def demo(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
 def speed(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
     """What `benchmarks.speed` measures: a ratio is to EDM2-S as the papers write it, in float32."""
     few = ['--networks=edm2plus-digits', '--reference=edm2plus-digits', '--batches=2,2', '--rounds=1'] if quick else []
-    more = ['--precisions=fp32,bf16', '--rounds=3', '--batches=32,16'] if device.type == 'cuda' and not quick else []
-    words = [f'--device={device}', '--json=speed.json', *few, *more]
+    more = ['--precisions=fp32,bf16', '--batches=32,16'] if device.type == 'cuda' and not quick else []
+    words = [f'--device={device}', '--json=speed.json', '--rounds=3', *few, *more]  # the last of a kind counts
     yield from scripts(folder, ['benchmarks.speed', *words])
     for row in json.loads((folder / 'speed.json').read_text(encoding='utf-8')):
         what = f'{row["what"]}, {row["network"]} as {row["as"]}, {row["precision"]}, batch {row["batch"]}'
@@ -371,7 +325,9 @@ def speed(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
             yield Line(what, measured, 'a ratio below 1', row['ratio'] < 1)
 
 
-CHECKS = {check.__name__: check for check in (machine, golden, kernels, resume, ranks, memory, demo, speed, compiled)}
+CHECKS = {
+    check.__name__: check for check in (machine, golden, tf32, kernels, resume, ranks, memory, demo, speed, compiled)
+}
 
 
 @click.command()

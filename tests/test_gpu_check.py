@@ -1,5 +1,6 @@
 """The page about a machine: all of it on a CPU, in small; and what it says where something is broken on purpose."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -7,11 +8,13 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.nn import functional
 
 from benchmarks import gpu_check, machine_checks
-from benchmarks.machine_checks import Line
+from benchmarks.check_lines import Line
 from networks import denoiser
 from tests.conftest import ROOT
+from tests.golden_networks import RELATIVE
 from training.state import TrainState
 
 CPU = torch.device('cpu')
@@ -103,6 +106,29 @@ def test_a_precision_that_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setitem(denoiser.PRECISIONS, 'bf16', torch.float32)
     lines = machine_checks.golden(CPU, True, tmp_path)
     assert missed(lines) == ['golden networks, bf16, evaluation to float32 on the CPU']
+
+
+def test_tf32_is_told_from_float32(monkeypatch, tmp_path):
+    """With factors of convolutions and products rounded to TF32's 10 bits, as a GPU does; a CPU never does."""
+    conv2d, linear, on = functional.conv2d, functional.linear, []
+
+    def short(t):
+        return ((t.detach().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if on[-1] else t
+
+    @contextlib.contextmanager
+    def allowed(yes):
+        on.append(yes)
+        yield
+        on.append(False)
+
+    (line,) = machine_checks.tf32(CPU, True, tmp_path)
+    assert line.ok and line.measured == '0'
+    on.append(False)
+    monkeypatch.setattr(functional, 'conv2d', lambda x, w, *args, **kw: conv2d(short(x), short(w), *args, **kw))
+    monkeypatch.setattr(functional, 'linear', lambda x, w, *args, **kw: linear(short(x), short(w), *args, **kw))
+    monkeypatch.setattr(machine_checks, 'tf32_allowed', allowed)
+    (line,) = machine_checks.tf32(CPU, True, tmp_path)
+    assert line.ok is False and 1e-5 < float(line.measured) < RELATIVE['fp16']
 
 
 def test_a_bit_that_is_lost_in_resuming(monkeypatch, tmp_path, capfd):
