@@ -29,6 +29,7 @@ from networks.edm2 import unet
 from networks.edm2.magnitude import MPConv, normalize
 from sampling.portions import Execution, evaluating
 from torch_utils import distributed
+from torch_utils.allocator import keep_freed_memory
 from training import update
 from training.inputs import training_inputs
 from training.monitor.timing import PhaseTimer
@@ -93,6 +94,7 @@ class Case:
 
     def seconds(self, device: torch.device) -> float:
         """Of one call."""
+        keep_freed_memory(self.how == 'users' and self.what == 'train')
         _wait(device)
         start = time.perf_counter()
         with formulation() if self.how == 'formulation' else contextlib.nullcontext():

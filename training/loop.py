@@ -20,6 +20,7 @@ from dnnlib.signals import StopSignals
 from networks.denoiser import Denoiser
 from networks.magnitudes import Magnitudes, magnitudes
 from torch_utils import distributed
+from torch_utils.allocator import keep_freed_memory
 from torch_utils.finite import some
 from torch_utils.tensor_files import UnreadableFileError
 from training.config import TrainConfig, refuse_differences
@@ -75,6 +76,7 @@ def train(
         OSError: where the folder cannot be written, for a full disk, say; states from before are as they were.
     """
     agree(config)
+    keep_freed_memory()
     lead = distributed.rank() == 0
     with signals or StopSignals() as signals, locked_folder(folder) if lead else contextlib.nullcontext():
         state = TrainState(config, device)
