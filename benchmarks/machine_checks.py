@@ -33,6 +33,7 @@ from dnnlib import cli
 from networks.denoiser import PRECISIONS, Denoiser
 from networks.edm2.branches import BRANCHES
 from networks.edm2.magnitude import MPConv
+from networks.folding import settled
 from tests.golden_networks import RELATIVE, golden_evaluation, golden_inputs, golden_net, golden_training
 from tests.helpers import make_archive, state_tensors
 from torch_utils import distributed
@@ -188,7 +189,8 @@ def compiled(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
     gradients = []
     for how in (torch.compile, lambda net: net):
         net = golden_net('G*').train().to(device)
-        how(net)(*golden_inputs(device)).square().mean().backward()
+        with settled(net):  # as a training step does
+            how(net)(*golden_inputs(device)).square().mean().backward()
         gradients.append({name: p.grad.cpu() for name, p in net.named_parameters() if p.grad is not None})
     yield within('compiled to eager, fp32, gradients', apart(*gradients), TRAINED, 'G*')
 

@@ -71,7 +71,8 @@ def settled(net: nn.Module, gathering: bool = False) -> Iterator[None]:
     layers = [m for m in net.modules() if isinstance(m, Folding) and m.training]
     for layer in layers:
         layer.settle()
-        layer.settled, layer.gathering = True, gathering
+        # All of them, or a compiler finds some only in the second step, and compiles anew.
+        layer.settled, layer.gathering, layer.computed, layer.kept = True, gathering, None, None
     try:
         yield
         used = [layer for layer in layers if layer.kept is not None and layer.kept.grad is not None]

@@ -1,5 +1,6 @@
 """The same network in other precisions, compiled, in other memory layouts; attention against its formula."""
 
+import contextlib
 import math
 
 import pytest
@@ -9,8 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from networks.denoiser import Denoiser
 from networks.edm2.branches import BRANCHES
-from networks.edm2.magnitude import normalize
+from networks.edm2.magnitude import MPConv, normalize
 from networks.edm2.unet import Block, cosine_attention
+from networks.folding import settled
 from tests.golden_networks import RELATIVE, golden_inputs, golden_net
 from tests.helpers import edm2_network, needs_compiler
 from training.presets.table import get_preset
@@ -169,14 +171,35 @@ def test_training_is_one_graph(name='G*'):
     x, sigma, labels = golden_inputs()
     torch.compiler.reset()
     compiled = torch.compile(net, fullgraph=True, backend='aot_eager')
-    compiled(x, sigma, labels).square().mean().backward()
+    with settled(net):
+        compiled(x, sigma, labels).square().mean().backward()
     gradient = net.unet.out_conv.weight.grad.clone()
     other = golden_net(name).train()
-    other(x, sigma, labels).square().mean().backward()
+    with settled(other):
+        other(x, sigma, labels).square().mean().backward()
     torch.testing.assert_close(gradient, other.unet.out_conv.weight.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(net.state_dict(), other.state_dict())
-    with dynamo_config.patch(error_on_recompile=True):  # whatever the noise level
+    with settled(net), dynamo_config.patch(error_on_recompile=True):  # whatever the noise level
         compiled(x, 2 * sigma, labels).square().mean().backward()
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings('default')
+@pytest.mark.parametrize('once', [False, True])
+def test_compiled_layers_overwrite_their_weights(once, tmp_path, monkeypatch):
+    """By itself, or before the step: inductor made other weights and gradients of it, several times as large."""
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
+    torch.compiler.reset()
+    found = []
+    for how in (torch.compile, lambda layer: layer):
+        layer = MPConv(8, 8, kernel=3).train()
+        layer.reset_parameters(torch.Generator().manual_seed(0))
+        x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+        with settled(layer) if once else contextlib.nullcontext():
+            (how(layer)(x) * torch.linspace(-1, 1, 8)).square().sum().backward()
+        found.append((layer.weight.detach(), layer.weight.grad))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
 
 
 def test_picture_of_the_branches_is_that_of_the_table():

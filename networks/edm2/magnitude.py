@@ -112,11 +112,12 @@ class MPConv(Folding):
         w = self.weight_for(x, gain)
         return x @ w.t() if w.ndim == 2 else conv2d(x, w, self.groups, self.is_packed)
 
+    @torch.compiler.disable  # inductor makes other weights and gradients of it
     def settle(self) -> None:
         """Overwrite the stored weight by its normalized version."""
         if self.forced:
             with torch.no_grad():
-                self.weight.copy_(normalize(self.weight))  # compiled, div_ would be part of the gradient
+                self.weight.copy_(normalize(self.weight))
 
     def used_weight(self, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
         """What the input is multiplied with, float32."""
