@@ -61,7 +61,7 @@ def main(folders, dest, samples, metrics, sweep, data, neighbours, features, dev
     make_folder(dest.parent)
     with atomic_path(dest) as beside:
         beside.write_text(page, encoding='utf-8')
-    click.echo(f'{dest}: {len(runs)} runs, {len(page) / 1e6:.1f} MB')
+    click.echo(f'{dest}: {", ".join(run.name for run in runs)}; {len(page) / 1e6:.1f} MB')
 
 
 def _results(path: Path) -> list[dict[str, Any]]:
