@@ -29,7 +29,7 @@ def open_source(source: str) -> Source:
         return EMBEDDED[source](source)
     if not source or not Path(source).exists():  # Path('') is the current folder
         problem = unknown_choice('source', source, EMBEDDED)
-        raise UserError(f'--source={printable(source)} is neither a file nor a folder, and no embedded set: {problem}')
+        raise UserError(f'--source={printable(source)} is neither a file nor a folder; {problem}')
     return next(open_kind for takes, open_kind in SOURCES.values() if takes(source))(source)
 
 
