@@ -9,7 +9,7 @@ import click
 from dataset.sources.table import EMBEDDED
 from dnnlib.download import is_url
 from evaluation.measure import MeasureConfig, open_images
-from metrics.baselines import BASELINES, has_statistics
+from metrics.baselines import has_statistics
 from metrics.detectors import DetectorOptions
 from metrics.reference import SUFFIX, read_about
 from metrics.registry import require_packages, select_metrics
@@ -52,7 +52,7 @@ def default_metrics(sources: Iterable[str]) -> str:
     """
     for source in sources:
         path = Path(source)
-        if is_url(source) or source in BASELINES or (path.exists() and has_statistics(path)):
+        if is_url(source) or not path.exists() or has_statistics(path):  # what is not there is told where it is read
             continue
         about = read_about(path) if path.suffix == SUFFIX else open_images(source)
         made_with = getattr(about, 'made_with', None) or {}

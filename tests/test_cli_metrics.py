@@ -668,6 +668,8 @@ def test_selftest(run, monkeypatch):
     assert 'fd_pixels of real and real' in out
     code, _, err = run('selftest', '--data=real', '--ref=real', '--ref=nothing')
     assert code == 2 and 'nothing is no file or folder' in err
+    code, _, err = run('calc', '--images=real', '--ref=edm2-img46')  # measures what the reference makes the default
+    assert code == 2 and 'did you mean edm2-img64' in err
     with monkeypatch.context() as without:
         without.setattr('metrics.dino.importlib.util.find_spec', lambda name: None)
         out = run('selftest', '--data=real', '--ref=real', '--metrics=fd_dinov2')[1]
