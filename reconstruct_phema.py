@@ -34,7 +34,7 @@ Examples:
     help='EMA lengths wanted, such as 0.05,0.06,...,0.25, or a JSON file of lengths by patterns of parameter names, '
     'such as {"unet.enc.*": 0.05, "*": 0.10}.',
 )
-@click.option('--outnimg', type=cli.NIMG, help='Training time wanted; by default that of the last snapshot.')
+@click.option('--outnimg', type=cli.NIMG, help='Training time, such as 8Mi, or 8388k as in names; by default the last.')
 @click.option('--outprefix', default='phema', show_default=True, metavar='NAME', help='Files are NAME-KIMG-STD.')
 @click.option('--instd', type=cli.FLOATS, help='Use snapshots of these lengths only, such as 0.05.')
 @click.option('--plot', metavar='PNG', help='Draw the profiles wanted and achieved.')

@@ -49,11 +49,7 @@ def ranks(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
 
 def overlap(name: str, device: torch.device, quick: bool) -> Line:
     """How much of the travel of gradients between ranks the backward pass hides, with 5 buckets of 25 MiB."""
-    what, rank, n = (
-        f'{name}, travel of gradients beside the backward pass',
-        distributed.rank(),
-        distributed.world_size(),
-    )
+    rank, n = distributed.rank(), distributed.world_size()
     images = 8 if device.type == 'cpu' else 512
     config = dataclasses.replace(get_preset('edm2plus-digits'), batch=images * n)
     if not quick:

@@ -144,7 +144,7 @@ def one_step(preset: str, precision: str, batch: int, compiled: bool, device: to
     channels, *side = config.network.image_shape
     stored = (noise(batch, channels, *side) * 50 + 128).clip(0, 255).byte()
     inputs = training_inputs(stored, torch.zeros(batch, dtype=torch.int64), range(batch), config, device)
-    return lambda: method.step(iter([inputs]), 0, timer)
+    return lambda: (method.step(iter([inputs]), 0, timer), method.net.zero_grad())  # other cases want the memory
 
 
 def cases_of(preset: str, precision: str, compiled: bool, batches: tuple[int, int], device, stack) -> Iterator[Case]:

@@ -1,5 +1,6 @@
 """Being asked to stop, by a scheduler or at the keyboard, without being cut off in the middle of something."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -43,8 +44,9 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == signal.SIGINT and os.environ.get('RANK', '0') == '0':  # a step may take long; print is not safe
-            os.write(2, b'\nstops after this step, with everything saved; another Ctrl-C ends it at once\n')
+        if number == signal.SIGINT and os.environ.get('RANK', '0') == '0':  # a step may take long
+            with contextlib.suppress(OSError):  # Ctrl-C ended `tee`, too; print is not safe in here
+                os.write(2, b'\nstops after this step, with everything saved; another Ctrl-C ends it at once\n')
         self.received = self.received or signal.Signals(number).name
 
 

@@ -26,9 +26,9 @@ class Folding(nn.Module):
         if self.gathering and torch.is_grad_enabled():
             if self.kept is None:
                 self.computed = self.used_weight(*args)
-                self.kept = self.computed.detach().requires_grad_()
+                self.kept = self.computed.detach().requires_grad_(self.computed.requires_grad)
             return self.kept.to(x.dtype)
-        if self.kept is not None and self.kept_for == (x.dtype, x.shape if self.is_packed else None):
+        if self.folding and self.kept is not None and self.kept_for == (x.dtype, x.shape if self.is_packed else None):
             return self.kept
         weight = self.used_weight(*args).to(x.dtype)
         if self.folding:

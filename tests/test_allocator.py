@@ -5,6 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from training import loop
+from training.presets.table import get_preset
 
 SCRIPT = """
 import resource, torch
@@ -27,3 +31,9 @@ def test_freed_memory_is_kept():
     result = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True, check=True)
     before, kept, after = map(float, result.stdout.split())
     assert kept < 1e-3 < before and after > 0.5 * before
+
+
+def test_training_keeps_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, 'keep_freed_memory', lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.train(get_preset('edm2plus-digits'), None, tmp_path, torch.device('cpu'))

@@ -2,15 +2,17 @@
 
 import contextlib
 import json
+import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from torch.nn import functional
 
-from benchmarks import gpu_check, machine_checks
+from benchmarks import gpu_check, machine_checks, rank_checks
 from benchmarks.check_lines import Line
 from networks import denoiser
 from tests.conftest import ROOT
@@ -129,6 +131,23 @@ def test_tf32_is_told_from_float32(monkeypatch, tmp_path):
     monkeypatch.setattr(machine_checks, 'tf32_allowed', allowed)
     (line,) = machine_checks.tf32(CPU, True, tmp_path)
     assert line.ok is False and 1e-5 < float(line.measured) < RELATIVE['fp16']
+
+
+@pytest.mark.parametrize('kind', ['cpu', 'cuda'])
+def test_share_of_travel_that_is_hidden(kind):
+    names = {'cpu': ('gloo:all_reduce', 'autograd::engine::evaluate_function: Add', 'aten::add'),
+             'cuda': ('ncclDevKernel_AllReduce', 'gemm', 'launch')}[kind]  # fmt: skip
+    spans = [(0, 20, 30), (0, 50, 60), (1, 0, 25), (1, 28, 40), (2, 0, 100)]  # of 20, 5 and 2 are hidden
+    events = [
+        SimpleNamespace(
+            name=names[i],
+            time_range=SimpleNamespace(start=start, end=end),
+            device_type=SimpleNamespace(name='CPU' if i == 2 else kind.upper()),
+        )
+        for i, start, end in spans
+    ]
+    assert rank_checks.hidden(events, torch.device(kind)) == 7 / 20
+    assert math.isnan(rank_checks.hidden(events[2:], torch.device(kind)))
 
 
 def test_a_bit_that_is_lost_in_resuming(monkeypatch, tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -98,6 +99,35 @@ def test_steps_have_the_gradient_of_the_formulation(monkeypatch):
     for gradients in found[1:]:
         for a, b in zip(gradients, found[0], strict=True):
             assert (a - b).norm() < 3e-6 * scale  # ten layers' roundings
+
+
+def test_gathering_among_frozen_weights_and_mistakes():
+    x, found = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)), []
+    for gathering in (False, True):
+        net = torch.nn.Sequential(MPConv(8, 8, 3), MPConv(8, 8, 3)).train()
+        for layer in net:
+            layer.reset_parameters(torch.Generator().manual_seed(1))
+        net[0].requires_grad_(False)
+        with settled(net, gathering):
+            for _ in range(2):
+                net(x).pow(3).mean().backward()
+                with torch.no_grad():
+                    net(x.to(torch.bfloat16))
+        assert net[0].weight.grad is None
+        found.append(net[1].weight.grad.clone())
+        with pytest.raises(ZeroDivisionError), settled(net, gathering):
+            net(x).sum().backward()
+            raise ZeroDivisionError
+        assert not any(layer.settled or layer.gathering or layer.kept is not None for layer in net)
+    torch.testing.assert_close(*found)
+
+
+def test_training_is_timed_when_its_memory_is_there():
+    cpu, calls = torch.device('cpu'), []
+    for what in ('train', 'latency'):
+        case = speed.Case(what, 'edm2plus-digits', 'users', 'fp32', False, 1, lambda: calls.append(time.sleep(0.02)))
+        assert case.seconds(cpu) >= 0.02
+    assert len(calls) == 3
 
 
 def test_layouts_as_measured(monkeypatch):

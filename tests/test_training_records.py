@@ -306,6 +306,9 @@ def test_planned_memory_is_what_autograd_keeps(tiny_config):
     assert parts['parameters, gradients, optimizer, EMAs'] == 4 * numbers * 7
     assert memory(config, 2)['parameters, gradients, optimizer, EMAs'] == 4 * numbers * 8
     assert parts['activations'] == saved_bytes(config.network)
+    # One process gathers gradients: float32 weights and their gradients, in place of the parameters', beside the cast.
+    bf16 = [memory(replace(config, precision='bf16'), ranks)['normalized weights'] for ranks in (1, 2)]
+    assert bf16[0] == bf16[1] + 4 / 2 * bf16[1]
     net = Denoiser(config.network).train()
     kept = {}
 

@@ -97,6 +97,17 @@ def test_asked_to_stop(whole, arguments, tmp_path, name):
     assert_same_runs(whole, tmp_path)
 
 
+def test_asked_to_stop_together_with_its_reader(arguments, tmp_path):
+    """Ctrl-C ends `tee` before train.py, whose words then have nowhere to go; its state is saved all the same."""
+    process = start(arguments, tmp_path)
+    wait_for(process, r'^ +[12]\d\d\d images')
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    log = (tmp_path / 'log.txt').read_text()
+    assert 'stopped by SIGINT at' in log and 'Traceback' not in log and state_tensors(tmp_path)
+
+
 @pytest.mark.slow
 def test_two_ranks_asked_to_stop(arguments, tmp_path):
     """One of them gets the signal, both stop at the same step; what they end with is that of two undisturbed ranks."""

@@ -28,9 +28,8 @@ def plan(config: TrainConfig, world_size: int) -> list[tuple[str, str]]:
     snapshots = math.ceil(config.duration / config.snapshot)
     states = math.ceil(config.duration / config.checkpoint)
     kept = min(states, config.keep) if config.keep else states
-    state_bytes = 4 * (
-        numbers * emas + config.method.trained * (numbers + 2 * cost.parameters)
-    )  # averages; weights, two moments
+    # averages; weights, two moments
+    state_bytes = 4 * (numbers * emas + config.method.trained * (numbers + 2 * cost.parameters))
     snapshot = PRECISIONS[config.snapshot_precision].itemsize * numbers
     rows = [
         ('parameters', f'{cost.parameters / 1e6:.2f} M'),

@@ -22,7 +22,8 @@ class Stepper:
 
     def __init__(self, state: TrainState, batches: Iterator[Batch], timer: PhaseTimer):
         self.state, self.batches, self.timer = state, batches, timer
-        self.rounds = state.config.batch // (state.config.micro_batch_for(ranks := distributed.world_size()) * ranks)
+        config, ranks = state.config, distributed.world_size()
+        self.rounds = config.batch // (ranks * config.micro_batch_for(ranks))
 
     def __call__(self) -> StepStats:
         """Train on the next `config.batch` images; return sums that are still on the device."""

@@ -1,5 +1,6 @@
 """Lines of JSON that a run leaves behind, and its log."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class RunLog:
         if self.path is None:
             return
         if show:
-            print(text, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # Ctrl-C ended `tee`, too; the state is still to be saved
+                print(text, flush=True)
         with named_errors(self.path), open(self.path, 'a', encoding='utf-8') as file:
             file.writelines(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {line}\n' for line in text.splitlines())

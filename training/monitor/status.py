@@ -99,10 +99,7 @@ class Progress:
     def _tell(self, record: dict[str, Any], magnitudes: Magnitudes | None) -> None:
         rate, loss = record['images_per_second'], record['loss']
         self.bar.set_postfix(
-            loss=f'{loss:.4f}',
-            lr=f'{record["learning_rate"]:.4f}',
-            mem=f'{record["memory_gib"]:.1f}G',
-            refresh=False,
+            loss=f'{loss:.4f}', lr=f'{record["learning_rate"]:.4f}', mem=f'{record["memory_gib"]:.1f}G', refresh=False
         )
         left = (self.end - record['nimg']) / rate
         self.log.say(
