@@ -77,23 +77,29 @@ def test_layouts_and_settled_weights_give_the_same_gradients(name, monkeypatch):
 
 
 def test_steps_have_the_gradient_of_the_formulation(monkeypatch):
-    """In one batch and in micro-batches, whose weights are computed once."""
+    """In one batch and in micro-batches, whose weights are computed once; the formulation does all that it says."""
     computed, used_weight, found = Counter(), MPConv.used_weight, []
     monkeypatch.setattr(MPConv, 'used_weight', lambda layer, *a: computed.update([layer]) or used_weight(layer, *a))
-    for around, micro in ((speed.formulation, 8), (contextlib.nullcontext, 8), (contextlib.nullcontext, 2)):
+    forced, settle, cleaned, clean = Counter(), MPConv.settle, [], torch.nan_to_num
+    monkeypatch.setattr(MPConv, 'settle', lambda layer: forced.update([layer]) or settle(layer))
+    monkeypatch.setattr(torch, 'nan_to_num', lambda g, **how: cleaned.append(g) or clean(g, **how))
+    for around, micro in ((speed.formulation, 4), (contextlib.nullcontext, 8), (contextlib.nullcontext, 2)):
         config = replace(get_preset('edm2plus-digits'), batch=8, micro_batch=micro, augment=None)
         with around():
             method = config.method.build(config, torch.device('cpu'))
             for name, p in method.net.named_parameters():
                 if name.endswith('_gain'):
                     torch.nn.init.ones_(p)
-            computed.clear()
+            for seen in (computed, forced, cleaned):
+                seen.clear()
             stored = torch.randint(256, (8, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
             parts = zip(*(x.split(micro) for x in (stored, torch.arange(8), torch.arange(8))), strict=True)
             inputs = [training_inputs(y, c, n.tolist(), config, torch.device('cpu')) for y, c, n in parts]
             method.step(iter(inputs), 0, PhaseTimer(torch.device('cpu')))
         found.append([p.grad for p in method.net.parameters()])
-        assert set(computed.values()) == ({1} if around is contextlib.nullcontext else set())
+        ours, there = around is contextlib.nullcontext, sum(g is not None for g in found[-1])
+        assert set(computed.values()) == ({1} if ours else set()) and set(forced.values()) == {1 if ours else 8 / micro}
+        assert method.optimizers['net'].defaults['fused'] == (ours or None) and len(cleaned) == (0 if ours else there)
         assert not any(layer.gathering or layer.kept is not None for layer in method.net.modules() if layer in computed)
     scale = max(g.norm() for g in found[0])
     for gradients in found[1:]:
@@ -110,9 +116,9 @@ def test_gathering_among_frozen_weights_and_mistakes():
         net[0].requires_grad_(False)
         with settled(net, gathering):
             for _ in range(2):
-                net(x).pow(3).mean().backward()
                 with torch.no_grad():
                     net(x.to(torch.bfloat16))
+                net(x).pow(3).mean().backward()
         assert net[0].weight.grad is None
         found.append(net[1].weight.grad.clone())
         with pytest.raises(ZeroDivisionError), settled(net, gathering):
