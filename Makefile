@@ -57,7 +57,7 @@ demo: setup
 	@echo 'Samples during training:               demo/run/samples-*.png'
 	@echo 'Metrics:                               demo/metrics.json'
 
-# What a new machine with a GPU computes, and how fast: one page, gpu-check.md. DEVICE=cpu checks a CPU (half an hour).
+# What a new machine with a GPU computes, and how fast: one page, gpu-check.md. DEVICE=cpu checks a CPU (an hour).
 gpu-check: setup
 	python -m benchmarks.gpu_check $(if $(DEVICE),--device=$(DEVICE))
 
