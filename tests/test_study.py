@@ -6,15 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.study import __main__ as study
-from benchmarks.study import drawing, tables
+from benchmarks.study import drawing, judge, tables
 from benchmarks.study.judge import train_classifier
 from benchmarks.study.recipes import FULL, QUICK, ROWS, at_rate, closest, config_of, durations, next_rate, operations
 from dataset.reader import ImageDataset
+from networks.denoiser import Denoiser
 from tests.conftest import ROOT
 from tests.helpers import make_archive
 from torch_utils.random import stream
@@ -61,7 +63,7 @@ def test_pairs_are_comparable(digits):
             assert abs(paid * cost[name] - FULL.images * cost['A']) <= FULL.snapshot * cost[name] / 2, name
         # What a run was after as many images as A is read off a longer one: rates do not depend on its length.
         optimizer = config.optimizer
-        assert optimizer.at(FULL.images, config.batch) == optimizer.lr / (2 if optimizer.decay else 1), name
+        assert optimizer.at(FULL.images, config.batch) == optimizer.lr / (1 if name in ('EDM', 'SiD2') else 2), name
     assert cost['G*'] < cost['G'] < cost['D*'] < cost['F*'] < cost['F'] < 0.65 * cost['A']
     assert 0.8 < cost['EDM'] / cost['A'] < 1.2 and 0.8 < cost['SiD2'] / cost['A'] < 1.2
 
@@ -92,9 +94,9 @@ def test_spread_is_over_seeds():
 
 def test_tables_and_plots(digits, tmp_path):
     """Of what two rows measured, one of which is not done yet."""
-    judge = type('', (), {'dataset': digits})()
+    digits_alone = type('', (), {'dataset': digits})()
     for name, seeds in (('A', 2), ('G', 0)):
-        work = study.Work(name, tmp_path, judge, QUICK)
+        work = study.Work(name, tmp_path, digits_alone, QUICK)
         for factor in (1.0, 2.0, 4.0, 0.5)[: 4 if seeds else 1]:
             work._add('trial', factor=factor, lr=factor, nimg=1024, error=abs(factor - 1), seconds=0.001 * factor)
         for seed in range(seeds):
@@ -103,7 +105,7 @@ def test_tables_and_plots(digits, tmp_path):
                 for std in stds:
                     work._add('measured', seed=seed, nimg=nimg, ema_std=std, error=1 / nimg, by_noise=by_noise,
                               fd_pixels=std, sampling_seconds=0.01)  # fmt: skip
-    works = [study.Work(name, tmp_path, judge, QUICK) for name in ('A', 'G')]
+    works = [study.Work(name, tmp_path, digits_alone, QUICK) for name in ('A', 'G')]
     study.write_tables(works, tmp_path)
     found = {name: tables.table(tmp_path / f'{name}.csv') for name in study.COLUMNS}
     assert {name: len(lines) for name, lines in found.items()} == {
@@ -120,6 +122,35 @@ def test_tables_and_plots(digits, tmp_path):
     assert f'| A | 2 | {1 / 2048:.4f} ({1 / 2048:.4f} to {1 / 2048:.4f}) | 0.100 (' in tables.markdown(tmp_path)
     drawing.draw(tmp_path)
     assert all((tmp_path / f'{name}.png').stat().st_size > 5000 for name in ('quality', 'ema', 'noise'))
+
+
+def test_the_best_rate_is_trained(digits, tmp_path, monkeypatch):
+    work = study.Work('A', tmp_path, type('', (), {'dataset': digits})(), QUICK)
+    for factor, error in ((1.0, 3.0), (2.0, 2.0), (4.0, 2.5)):
+        work._add('trial', factor=factor, lr=factor, nimg=1024, error=error, seconds=1.0)
+    monkeypatch.setattr(work, '_train', lambda config, factor, duration: (config, factor))
+    monkeypatch.setattr(work, '_measure', lambda run, *_: seen.append((run[0].optimizer.lr, run[0].seed, run[1])))
+    seen = []
+    list(work.run([5]))
+    assert set(seen) == {(2 * work.base.optimizer.lr, 5, 2.0)}
+
+
+def test_all_are_judged_alike(digits, monkeypatch):
+    """The same noise and weights whatever the run; precision is the share of what was drawn that looks real."""
+    judged = judge.Judge(digits.path, digits.path, QUICK)
+    config = config_of('A', digits, digits.path, QUICK)
+    net = Denoiser(config.network).eval()
+    other = config_of('SiD2', digits, digits.path, QUICK)
+    assert judged.error(net, config) == judged.error(net, replace(other, network=config.network, seed=7))
+    seen = []
+    overlap = judge.manifold_overlap
+    monkeypatch.setattr(judge, 'manifold_overlap', lambda *samples: seen.append(samples) or overlap(*samples))
+    judged.drawn(net)
+    assert seen[0][0] is judged.real
+
+
+def test_ranges():
+    assert tables.with_range([0.2, 0.1, 0.6], 10, 1) == '3.0 (1.0 to 6.0)' and tables.with_range([0.2], 1, 1) == '0.2'
 
 
 @pytest.mark.slow
