@@ -35,7 +35,11 @@ def test_freed_memory_is_kept():
     assert kept < 1e-3 < default
 
 
-def test_training_keeps_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(loop, 'keep_freed_memory', lambda: 1 / 0)
+@pytest.mark.parametrize('kind', ['cpu', 'cuda'])
+def test_training_keeps_it_on_a_cpu(kind, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(loop, 'keep_freed_memory', lambda: calls.append(kind))
+    monkeypatch.setattr(loop, 'TrainState', lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        loop.train(get_preset('edm2plus-digits'), None, tmp_path, torch.device('cpu'))
+        loop.train(get_preset('edm2plus-digits'), None, tmp_path, torch.device(kind))
+    assert calls == ['cpu'] * (kind == 'cpu')

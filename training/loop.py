@@ -76,7 +76,8 @@ def train(
         OSError: where the folder cannot be written, for a full disk, say; states from before are as they were.
     """
     agree(config)
-    keep_freed_memory()
+    if device.type == 'cpu':
+        keep_freed_memory()
     lead = distributed.rank() == 0
     with signals or StopSignals() as signals, locked_folder(folder) if lead else contextlib.nullcontext():
         state = TrainState(config, device)
