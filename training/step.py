@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from dataset.order import Batch
-from torch_utils import distributed
 from torch_utils.tf32 import tf32
 from training.inputs import Inputs, training_inputs
 from training.monitor.step_stats import StepStats
@@ -22,8 +21,6 @@ class Stepper:
 
     def __init__(self, state: TrainState, batches: Iterator[Batch], timer: PhaseTimer):
         self.state, self.batches, self.timer = state, batches, timer
-        config, ranks = state.config, distributed.world_size()
-        self.rounds = config.batch // (ranks * config.micro_batch_for(ranks))
 
     def __call__(self) -> StepStats:
         """Train on the next `config.batch` images; return sums that are still on the device."""
@@ -36,7 +33,7 @@ class Stepper:
         return stats
 
     def _inputs(self) -> Iterator[Inputs]:
-        """The micro-batches of a step, on the device."""
-        for _ in range(self.rounds):
-            batch, config, device = next(self.batches), self.state.config, self.state.net.device
+        """Micro-batches on the device; a step takes as many as it needs."""
+        config, device = self.state.config, self.state.net.device
+        for batch in self.batches:
             yield training_inputs(batch.images, batch.labels, batch.numbers.tolist(), config, device)
