@@ -1,12 +1,14 @@
 """Moment matching against closed forms for Gaussian data and linear networks, and students in training and sampling."""
 
 import dataclasses
+import functools
 import json
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo_config
 
 from diffusion.logsnr import logsnr_of
 from diffusion.posterior import posterior
@@ -26,6 +28,7 @@ from training.config import TrainConfig
 from training.cost import memory
 from training.inputs import Inputs
 from training.methods.moment_matching import HALF_TANGENT, MomentMatching, MomentMatchingConfig, MomentMatchingLoss
+from training.monitor.timing import PhaseTimer
 
 S, T, STD = 0.4, 1.1, 0.7  # noise levels of x_s and x_t, standard deviation of the data
 R = S**2 / T**2
@@ -232,6 +235,23 @@ def test_resumed_run_is_bit_exact(student, run, tmp_path):
         run('parts', replaced(config, {'method.steps': 8}))
     net, info = load_network(tmp_path / 'whole/network-snapshot-0000001-0.050.safetensors')
     assert net.config == student.network and SamplerConfig.from_json(info.sampler) == student.sampler
+
+
+@pytest.mark.slow
+def test_compiled_as_one_graph(student, monkeypatch):
+    """In two turns of both, each in one graph that serves later steps, the same weights as without."""
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, fullgraph=True, backend='aot_eager'))
+    y = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    device, found = torch.device('cpu'), []
+    for compiled in (True, False):
+        torch.compiler.reset()
+        method = MomentMatching(dataclasses.replace(student, batch=8, compile=compiled), device)
+        for step in range(6):
+            inputs = Inputs(y, torch.eye(10)[:8], None, list(range(8 * step, 8 * step + 8)))
+            with dynamo_config.patch(error_on_recompile=step > 3):
+                method.step(iter([inputs]), 8 * step, PhaseTimer(device))
+        found.append({name: net.state_dict() for name, net in method.networks.items()})
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

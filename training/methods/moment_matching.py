@@ -24,6 +24,7 @@ from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.dropout import Dropout, seed_dropout
 from networks.files import NetworkInfo, load_network, read_info
+from networks.folding import settled
 from sampling.config import SamplerConfig, known_range
 from sampling.samplers import Ancestral
 from training.inputs import Inputs, normal_draws, training_draws
@@ -137,8 +138,9 @@ class MomentMatching:
 
     def step(self, batches: Iterator[Inputs], nimg: int, timer: PhaseTimer) -> StepStats:
         """Train one of the two, see `training.methods.table`."""
-        name = ('auxiliary', 'net')[nimg // self.config.batch % 2]
-        return self.updates[name]((self.draw(inputs, nimg) for inputs in batches), nimg, timer)
+        trained, other = (('auxiliary', 'net'), ('net', 'auxiliary'))[nimg // self.config.batch % 2]
+        with settled(self.networks[other]):  # as `Update` does with the one that is trained
+            return self.updates[trained]((self.draw(inputs, nimg) for inputs in batches), nimg, timer)
 
     def draw(self, inputs: Inputs, nimg: int) -> tuple:
         """Arguments of `MomentMatchingLoss`: times s and t, and the noise of x_t and of x_s, of each image."""
