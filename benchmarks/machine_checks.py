@@ -314,7 +314,7 @@ def demo(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
 def speed(device: torch.device, quick: bool, folder: Path) -> Iterator[Line]:
     """What `benchmarks.speed` measures: a ratio is to EDM2-S as the papers write it, in float32."""
     few = ['--networks=edm2plus-digits', '--reference=edm2plus-digits', '--batches=2,2', '--rounds=1'] if quick else []
-    more = ['--precisions=fp32,bf16', '--batches=32,16'] if device.type == 'cuda' and not quick else []
+    more = ['--precisions=fp32,bf16', '--batches=32,8'] if device.type == 'cuda' and not quick else []
     words = [f'--device={device}', '--json=speed.json', '--rounds=3', *few, *more]  # the last of a kind counts
     yield from scripts(folder, ['benchmarks.speed', *words])
     for row in json.loads((folder / 'speed.json').read_text(encoding='utf-8')):

@@ -23,6 +23,7 @@ from pathlib import Path
 import click
 import torch
 
+from dnnlib import cli
 from networks.complexity import complexity
 from networks.denoiser import Denoiser
 from networks.edm2 import unet
@@ -147,10 +148,10 @@ def one_step(preset: str, precision: str, batch: int, compiled: bool, device: to
     return lambda: (method.step(iter([inputs]), 0, timer), method.net.zero_grad())  # other cases want the memory
 
 
-def cases_of(preset: str, precision: str, compiled: bool, batches: tuple[int, int], device, stack) -> Iterator[Case]:
+def cases_of(preset: str, precision: str, compiled: bool, many: int, device, stack) -> Iterator[Case]:
     """Evaluations of one image and of many, of one network."""
     net = network_of(preset, precision, device)
-    for what, batch in zip(('latency', 'throughput'), (1, batches[0]), strict=True):
+    for what, batch in (('latency', 1), ('throughput', many)):
         call = one_evaluation(net, batch, Execution(compiled=compiled), stack)
         yield Case(what, preset, 'users', precision, compiled, batch, call)
         if not compiled and isinstance(net.unet, unet.UNet):
@@ -160,14 +161,24 @@ def cases_of(preset: str, precision: str, compiled: bool, batches: tuple[int, in
             yield Case(what, preset, 'formulation', precision, False, batch, call)
 
 
-def training_cases(preset: str, precision: str, compiled: bool, batches: tuple[int, int], device, _) -> Iterator[Case]:
-    """Training steps of one network."""
-    step = one_step(preset, precision, batches[1], compiled, device)
-    yield Case('train', preset, 'users', precision, compiled, batches[1], step)
+def training_rows(
+    variant: tuple[str, str, bool], batch: int, device: torch.device, borrowed: str | None, rounds: int, reference: str
+) -> list[dict]:
+    """Steps of one variant, beside `borrowed` as the formulation; a step holds gradients and moments, so no more."""
+    preset, precision, compiled = variant
+    step = one_step(preset, precision, batch, compiled, device)
+    cases = [Case('train', preset, 'users', precision, compiled, batch, step)]
     if not compiled and preset.startswith('edm2'):
-        with formulation():  # which builds another optimizer
-            step = one_step(preset, precision, batches[1], False, device)
-        yield Case('train', preset, 'formulation', precision, False, batches[1], step)
+        cases.append(formulated_step(preset, precision, batch, device))
+    more = [formulated_step(borrowed, 'fp32', batch, device)] if borrowed else []
+    return measure(cases + more, reference, rounds, device)[: len(cases)]
+
+
+def formulated_step(preset: str, precision: str, batch: int, device: torch.device) -> Case:
+    """A training step as the papers write it."""
+    with formulation():  # which builds another optimizer
+        step = one_step(preset, precision, batch, False, device)
+    return Case('train', preset, 'formulation', precision, False, batch, step)
 
 
 def measure(cases: list[Case], reference: str, rounds: int, device: torch.device) -> list[dict]:
@@ -254,14 +265,17 @@ def main(networks, precisions, compiling, what, batches, rounds, reference, devi
             for precision in precisions.split(',')
             for compiled in ((False, True) if compiling else (False,))
         ]
-        for make, kinds in ((cases_of, ('latency', 'throughput')), (training_cases, ('train',))):
-            if not set(kinds) & set(what.split(',')):
-                continue
-            with contextlib.ExitStack() as stack:
-                cases = [case for variant in variants for case in make(*variant, batches, place, stack)
-                         if case.what in what.split(',')]  # fmt: skip
-                for kind in dict.fromkeys(case.what for case in cases):
-                    rows += measure([case for case in cases if case.what == kind], reference, rounds, place)
+        wanted = what.split(',')
+        with contextlib.ExitStack() as stack:
+            cases = [case for variant in variants if {'latency', 'throughput'} & set(wanted)
+                     for case in cases_of(*variant, batches[0], place, stack) if case.what in wanted]  # fmt: skip
+            for kind in dict.fromkeys(case.what for case in cases):
+                rows += measure([case for case in cases if case.what == kind], reference, rounds, place)
+            del cases
+        base = (reference, 'fp32', False)
+        for variant in variants if 'train' in wanted else ():
+            borrowed = reference if base in variants and variant != base and reference.startswith('edm2') else None
+            rows += training_rows(variant, batches[1], place, borrowed, rounds, reference)
         rate = gemm(place)
         costs = {name: complexity(get_preset(name).network).operations for name in networks.split(',')}
     show(rows, {name: cost / rate for name, cost in costs.items()})
@@ -270,4 +284,4 @@ def main(networks, precisions, compiling, what, batches, rounds, reference, devi
 
 
 if __name__ == '__main__':
-    main()
+    cli.run(main)

@@ -224,4 +224,7 @@ def test_benchmark(tmp_path):
     assert len(rows) == 9 and all(set(row) == set(names) for row in rows)
     assert [row['ratio'] for row in rows if row['as'] == 'formulation'] == [1, 1, 1]
     assert {row['what'] for row in rows} == {'latency', 'throughput', 'train'}
-    assert all(row['seconds'] > 0 for row in rows) and '| latency | edm2plus-digits | users |' in result.output
+    assert (
+        all(row['seconds'] > 0 and row['ratio'] > 0 for row in rows)
+        and '| latency | edm2plus-digits | users |' in result.output
+    )
