@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -71,6 +73,14 @@ def test_files_are_short_and_rooms_alike():
     assert not {path: n for path, n in lines.items() if n > 400}
     rooms = {room: sum(n for path, n in lines.items() if ROOT / room in path.parents) for room in BELOW}
     assert rooms.pop('training') < 3000 and max(rooms.values()) < sum(lines.values()) / 5, rooms
+
+
+def test_scripts_start_without_what_takes_seconds_to_import():
+    """The compiler, say, which one decorator of `torch.compiler` brings."""
+    slow = ('torch._dynamo', 'sympy', 'scipy.stats', 'matplotlib', 'sklearn', 'requests')
+    code = f'import sys, {", ".join(sorted(SCRIPTS))}; print([name for name in {slow} if name in sys.modules])'
+    process = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout == '[]\n', process
 
 
 def test_no_numpy_in_a_forward_pass():

@@ -108,11 +108,11 @@ class MPConv(Folding):
     def forward(self, x: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
         """[N, Cin, H, W] -> [N, Cout, H, W], or [N, Cin] -> [N, Cout] for a linear layer, in x's dtype."""
         if self.training and not self.settled:
-            self.settle()
+            # Inductor would make other weights and gradients of it. As a decorator, `disable` takes a second to import.
+            torch.compiler.disable(self.settle)() if torch.compiler.is_compiling() else self.settle()
         w = self.weight_for(x, gain)
         return x @ w.t() if w.ndim == 2 else conv2d(x, w, self.groups, self.is_packed)
 
-    @torch.compiler.disable  # inductor makes other weights and gradients of it
     def settle(self) -> None:
         """Overwrite the stored weight by its normalized version."""
         if self.forced:
