@@ -5,11 +5,12 @@ normalization included. A multiply-accumulate counts as one operation.
 """
 
 import dataclasses
+import functools
 import re
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -37,6 +38,12 @@ FREE = {
     *(aten.clone, aten._to_copy, aten.cat, aten.ones_like, aten.new_zeros, aten.unbind, aten.slice, aten.empty_like),
     *(aten.detach, aten.alias, aten.split, aten.repeat, aten.arange, aten.linspace, aten.roll, aten.index),
     *(aten.pixel_shuffle, aten.pixel_unshuffle, aten.argmin),
+}
+
+# Results of these share no memory with others; in Python, their meta kernels take as long as small networks do.
+SLOW = {
+    *(aten.add, aten.mul, aten.div, aten.pow, aten.clamp, aten.lerp, aten.linalg_vector_norm, aten._safe_softmax),
+    *(aten.native_group_norm, aten.convolution, aten.cat, aten.silu),
 }
 
 
@@ -76,6 +83,35 @@ def attention_cost(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
     return macs + k.numel() + 3 * scores, macs
 
 
+class _Layout(NamedTuple):
+    """All that there is to know of a tensor on the meta device."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _with_layouts(value: Any) -> Any:
+    """Layouts in place of tensors."""
+    if isinstance(value, torch.Tensor):
+        return _Layout(value.shape, value.stride(), value.dtype, value.device)
+    return tuple(map(_with_layouts, value)) if isinstance(value, list | tuple) else value
+
+
+def _without_layouts(value: Any) -> Any:
+    """New tensors in place of layouts."""
+    if isinstance(value, _Layout):
+        return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
+    return tuple(map(_without_layouts, value)) if isinstance(value, tuple) else value
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def _layouts_of_results(func: Any, *args: Any) -> Any:
+    """What an operator makes of arguments; networks repeat their calls."""
+    return _with_layouts(func(*map(_without_layouts, args)))
+
+
 class _AttentionCounter(TorchFunctionMode):
     """Counts attention as one operation, whichever operators this machine's implementation is made of."""
 
@@ -112,7 +148,10 @@ class _Counter(TorchDispatchMode):
         self.bytes = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in SLOW and not kwargs:
+            out = _without_layouts(_layouts_of_results(func, *map(_with_layouts, args)))
+        else:
+            out = func(*args, **(kwargs or {}))
         first = out[0] if isinstance(out, tuple | list) else out
         if not self.paused:
             self.add(*operation_cost(func, args, first))
