@@ -126,10 +126,10 @@ def test_dry_run_writes_nothing(place, run_here, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_generated_folder(place, run_script, tmp_path):
+def test_generated_folder(place, run_script, run_here, tmp_path):
     out = tmp_path / 'out'
     words = GENERATE.format(place=place, out=out).split()
-    process = run_script(*words, '--class=3-5', '--subdirs')
+    process = run_here(*words, '--class=3-5', '--subdirs')
     assert process.returncode == 0, process.stderr
     assert json.loads((out / 'dataset.json').read_text())['labels'] == [
         ['000000/000000.png', 3],

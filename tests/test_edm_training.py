@@ -40,7 +40,7 @@ def edm_config(config):
     )
 
 
-@pytest.mark.parametrize('micro_batch', [None, 64])
+@pytest.mark.parametrize('micro_batch', [pytest.param(None, marks=pytest.mark.slow), 64])
 def test_resumed_run_is_bit_exact(edm_config, run, micro_batch):
     config = replace(edm_config, micro_batch=micro_batch)
     whole = run('whole', config)
@@ -73,7 +73,7 @@ def test_two_ranks_have_the_gradients_of_one(archive, run_script, tmp_path):
     assert_same_gradients(state_tensors(tmp_path / 'one'), state_tensors(tmp_path / 'two'))
 
 
-@pytest.mark.parametrize('name', ['vp', 've', 'iddpm'])
+@pytest.mark.parametrize('name', ['iddpm', *(pytest.param(name, marks=pytest.mark.slow) for name in ('vp', 've'))])
 def test_other_formulations_learn(edm_config, run, name):
     """VP, VE and iDDPM around the same network; iDDPM's second half of F gets no gradient from the loss."""
     network = replace(edm_config.network, preconditioning=preconditioning.PRECONDITIONINGS[name]())

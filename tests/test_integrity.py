@@ -403,7 +403,7 @@ def poisoned(monkeypatch):
 
 
 def test_poison_stops_the_run_before_it_is_saved(config, run, tmp_path, poisoned):
-    config = replace(config, duration=4096, batch=64, status=256, keep=2)
+    config = replace(config, duration=4096, batch=128, status=256, keep=2)
     poisoned(2100)
     with pytest.raises(UserError, match=r'at 3072 images; this was not saved; the last good .*-0000002\.safetensors: '):
         run('run', config)
@@ -506,7 +506,7 @@ def test_vanishing_gradients_are_warned_about(config, run, capsys):
     assert re.search(r'warning: gradients were 0 in 1 of 1 steps', capsys.readouterr().out)
 
 
-def test_a_folder_of_images_takes_one_process(tmp_path, tiny_config, run_script):
+def test_a_folder_of_images_takes_one_process(tmp_path, tiny_config, run_script, run_here):
     save_network(
         tmp_path / 'net.safetensors', Denoiser(tiny_config, seed=0).state_dict(), NetworkInfo(tiny_config, 0, None, 'p')
     )
@@ -517,4 +517,4 @@ def test_a_folder_of_images_takes_one_process(tmp_path, tiny_config, run_script)
         assert process.returncode == 2, process.stderr
         assert process.stderr == 'generate.py: error: another process is at work in out\n'
         assert [path.name for path in (tmp_path / 'out').iterdir()] == ['.lock']
-    assert run_script('generate.py', *arguments).returncode == 0 and is_complete(tmp_path / 'out')
+    assert run_here('generate.py', *arguments).returncode == 0 and is_complete(tmp_path / 'out')

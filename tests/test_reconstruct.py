@@ -214,7 +214,7 @@ def test_integer_tensors_are_refused(tmp_path, which):
         list(Plan.make(find_snapshots(tmp_path), lengths(0.1)).reconstruct())
 
 
-def test_at_the_command_line(folder, saved, run_script, tmp_path):
+def test_at_the_command_line(folder, saved, run_script, run_here, tmp_path):
     pytest.importorskip('matplotlib')
     arguments = ('reconstruct_phema.py', f'--indir={folder}', f'--outdir={tmp_path / "out"}')
     process = run_script(*arguments, '--outstd=0.01,0.12', '--outprefix=mine', '--plot=p.png', '--memory=0')
@@ -228,7 +228,7 @@ def test_at_the_command_line(folder, saved, run_script, tmp_path):
     whole = broken.read_bytes()
     broken.write_bytes(whole[:-100])
     try:
-        process = run_script(*arguments[:2], f'--outdir={tmp_path / "none"}', '--outstd=0.12')
+        process = run_here(*arguments[:2], f'--outdir={tmp_path / "none"}', '--outstd=0.12')
     finally:
         broken.write_bytes(whole)
     assert process.returncode == 2 and '0000012-0.050.safetensors' in process.stderr

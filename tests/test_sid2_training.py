@@ -163,7 +163,7 @@ def test_recipes_of_the_paper():
     assert get_preset('sid2-img128-fh').network.architecture.channels == wider.channels[1:]
 
 
-def test_generation_with_the_settings_of_the_file(tmp_path, run_script, sid2_config, run):
+def test_generation_with_the_settings_of_the_file(tmp_path, run_here, sid2_config, run):
     recipe = make_config('sid2-digits', {})
     config = dataclasses.replace(
         sid2_config, duration=1024, sampler=dataclasses.replace(recipe.sampler, steps=4), preview=1024
@@ -176,7 +176,7 @@ def test_generation_with_the_settings_of_the_file(tmp_path, run_script, sid2_con
         ('guided', ['--gnet=self', '--guidance=2']),
         ('everywhere', ['--gnet=self', '--guidance=2', '--guidance-interval=0,inf']),
     ):
-        done = run_script('generate.py', *common, *more, f'--outdir={tmp_path / name}')
+        done = run_here('generate.py', *common, *more, f'--outdir={tmp_path / name}')
         assert done.returncode == 0, done.stderr
     images = {name: (tmp_path / f'{name}-grid.png').read_bytes() for name in ('file', 'heun', 'guided', 'everywhere')}
     assert len(set(images.values())) == 4

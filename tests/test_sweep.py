@@ -4,44 +4,17 @@ import csv
 import json
 
 import pytest
-import torch
 
-from dataset.reader import ImageDataset
-from diffusion.levels import LogNormal
 from evaluation.sweep import read_rows
-from tests.helpers import edm2_network, make_archive
-from training.config import TrainConfig
-from training.loop import train
-from training.methods.denoising import DenoisingConfig
-from training.optimizer import Optimizer
 
 pytest.importorskip('matplotlib')
 
 
-@pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    """A short run of a tiny network, and its data."""
-    folder = tmp_path_factory.mktemp('sweep')
-    archive = make_archive(folder / 'tiny.zip', count=40, classes=10)
-    data = ImageDataset(archive)
-    network = edm2_network((8, 8), 1, 10, 16, (1,), 1, (4,), 16)
-    config = TrainConfig(
-        network, Optimizer(0.01, 100, 1024), preset='edm2plus-digits', data=str(archive), dataset=data.name,
-        fingerprint=data.fingerprint, method=DenoisingConfig(LogNormal(-0.8, 1.6)), duration=4096,
-        batch=256, snapshot=1024, checkpoint=4096, status=1024,
-        preview=4096,
-    )  # fmt: skip
-    (folder / 'run').mkdir()
-    train(config.check(), data, folder / 'run', torch.device('cpu'))
-    return folder, archive
-
-
-def test_sweep(place, run_script, tmp_path):
-    folder, archive = place
+def test_sweep(trained_once, archive, run_script, run_here, tmp_path):
     common = (f'--ref={archive}', '--metrics=fd_pixels', '--seeds=0-15')
     out = tmp_path / 'out'
-    command = ('sweep.py', f'--indir={folder / "run"}', *common, '--steps=3', f'--outdir={out}', '--memory=0')
-    process = run_script(*command, '--outstd=0.05,0.10', '--outnimg=3Ki,4Ki')
+    command = ('sweep.py', f'--indir={trained_once}', *common, '--steps=3', f'--outdir={out}', '--memory=0')
+    process = run_here(*command, '--outstd=0.05,0.10', '--outnimg=1Ki,2Ki')
     assert process.returncode == 0, process.stderr
     first = (out / 'sweep.jsonl').read_text()
     assert len(first.splitlines()) == 4
@@ -52,26 +25,26 @@ def test_sweep(place, run_script, tmp_path):
         file.write(first[:-20])
 
     # The same in one pass, on two ranks, with one more length: rows that are there stay as they are.
-    process = run_script(*command[:-1], '--outstd=0.05,0.10,0.20', '--outnimg=3Ki,4Ki', ranks=2)
+    process = run_script(*command[:-1], '--outstd=0.05,0.10,0.20', '--outnimg=1Ki,2Ki', ranks=2)
     assert process.returncode == 0, process.stderr
     assert (out / 'sweep.jsonl').read_text().startswith(''.join(first.splitlines(keepends=True)[:3]))
     assert len((out / 'sweep.jsonl').read_text().splitlines()) == 6
     rows = read_rows(out)
-    assert [(row['nimg'], row['ema_std']) for row in rows] == [(n, s) for n in (3072, 4096) for s in (0.05, 0.1, 0.2)]
+    assert [(row['nimg'], row['ema_std']) for row in rows] == [(n, s) for n in (1024, 2048) for s in (0.05, 0.1, 0.2)]
     table = list(csv.DictReader((out / 'sweep.csv').read_text().splitlines()))
     assert [float(row['fd_pixels']) for row in table] == [row['metrics']['fd_pixels']['value'] for row in rows]
     assert (out / 'sweep.png').stat().st_size > 5000
 
     # What it says of a length is what reconstruct_phema.py and calculate_metrics.py say together.
-    process = run_script('reconstruct_phema.py', f'--indir={folder / "run"}', '--outstd=0.20', f'--outdir={tmp_path}')
+    process = run_here('reconstruct_phema.py', f'--indir={trained_once}', '--outstd=0.20', f'--outdir={tmp_path}')
     assert process.returncode == 0, process.stderr
-    net = tmp_path / 'phema-0000004-0.200.safetensors'
-    process = run_script('calculate_metrics.py', 'gen', f'--net={net}', *common, '--steps=3', '--json=m.json')
+    net = tmp_path / 'phema-0000002-0.200.safetensors'
+    process = run_here('calculate_metrics.py', 'gen', f'--net={net}', *common, '--steps=3', '--json=m.json')
     assert process.returncode == 0, process.stderr
     value = json.loads((tmp_path / 'm.json').read_text())['metrics']['fd_pixels']['value']
     assert rows[-1]['metrics']['fd_pixels']['value'] == pytest.approx(value, rel=1e-6)
 
-    process = run_script(*command[:-1], '--outstd=0.05', '--sampler=euler')
+    process = run_here(*command[:-1], '--outstd=0.05', '--sampler=euler')
     assert process.returncode == 2 and 'holds another sweep; sampler.sampler.name is euler, was heun' in process.stderr
 
 
@@ -79,16 +52,15 @@ def test_sweep(place, run_script, tmp_path):
     ('options', 'message'),
     [
         (('--outstd=0.5',), 'EMA lengths must be between 0 and'),
-        (('--outstd=0.1', '--outnimg=9Ki'), 'training ended at 4096 images, before 9216'),
+        (('--outstd=0.1', '--outnimg=9Ki'), 'training ended at 2048 images, before 9216'),
         (('--outstd=0.1', '--guidance=1,2'), 'needs a guiding network'),
         (('--outstd=0.1', '--metrics=fd_pixel'), "unknown metric 'fd_pixel'; did you mean fd_pixels"),
         (('--outstd=0.1', '--sampler=heunn'), 'heunn'),
         (('--outstd=0.1', '--guidance-interval=1'), 'guidance'),
     ],
 )
-def test_wrong_use(place, tmp_path, options, message, run_script):
-    folder, archive = place
+def test_wrong_use(trained_once, archive, tmp_path, options, message, run_here):
     out = tmp_path / 'out'
-    process = run_script('sweep.py', f'--indir={folder / "run"}', f'--ref={archive}', f'--outdir={out}', *options)
+    process = run_here('sweep.py', f'--indir={trained_once}', f'--ref={archive}', f'--outdir={out}', *options)
     assert process.returncode == 2 and message in process.stderr and len(process.stderr.splitlines()) == 1
     assert not out.exists()

@@ -506,8 +506,9 @@ def train_on_one_and_two_ranks(arguments, run_script, tmp_path):
 def test_two_ranks_have_the_gradients_of_one(archive, run_script, tmp_path):
     """One batch of 1024 = 2 ranks x 2 rounds x 256."""
     arguments = [
-        *('--preset=edm2plus-digits', f'--data={archive}', '--channels=32', '--duration=1024', '--batch=1024'),
+        *('--preset=edm2plus-digits', f'--data={archive}', '--channels=16', '--duration=1024', '--batch=1024'),
         *('--status=1024', '--snapshot=1024', '--checkpoint=1024', '--preview=1024', '--batch-gpu=256'),
+        '--set=sampler.steps=2',
     ]
     train_on_one_and_two_ranks(arguments, run_script, tmp_path)
     assert_same_gradients(state_tensors(tmp_path / 'one'), state_tensors(tmp_path / 'two'))
@@ -515,8 +516,9 @@ def test_two_ranks_have_the_gradients_of_one(archive, run_script, tmp_path):
 
 def test_two_ranks_equal_one(archive, run_script, tmp_path):
     arguments = [
-        *('--preset=edm2plus-digits', f'--data={archive}', '--channels=32', '--duration=1280', '--batch=64'),
+        *('--preset=edm2plus-digits', f'--data={archive}', '--channels=16', '--duration=1280', '--batch=64'),
         *('--status=64', '--snapshot=1280', '--checkpoint=1280', '--preview=1280', '--rampup=640'),
+        '--set=sampler.steps=2',
     ]
     train_on_one_and_two_ranks(arguments, run_script, tmp_path)
     one, two = read_stats(tmp_path / 'one'), read_stats(tmp_path / 'two')

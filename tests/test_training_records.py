@@ -389,8 +389,8 @@ def test_bytes_for_people():
     assert format_bytes(3 * 2**30) == '3.0 GiB' and format_bytes(5 * 2**20) == '5.0 MiB'
 
 
-def test_dry_run_needs_no_data(run_script, tmp_path):
-    process = run_script('train.py', '--preset=edm2plus-img64-s', '--dry-run', '--ranks=8', '--batch-gpu=64')
+def test_dry_run_needs_no_data(run_here, tmp_path):
+    process = run_here('train.py', '--preset=edm2plus-img64-s', '--dry-run', '--ranks=8', '--batch-gpu=64')
     assert process.returncode == 0, process.stderr
     config, end = json.JSONDecoder().raw_decode(process.stdout)
     assert (
@@ -411,8 +411,8 @@ def test_dry_run_needs_no_data(run_script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_is_grouped(run_script):
-    text = run_script('train.py', '--help').stdout
+def test_help_is_grouped(run_here):
+    text = run_here('train.py', '--help').stdout
     places = [text.index(title) for title in ('Main options:', 'Recipe:', 'Execution:', 'Output and intervals:')]
     assert places == sorted(places) and text.index('--lr') > places[1] > text.index('--data')
 
@@ -433,17 +433,18 @@ def test_compiled_training_is_the_same_mathematics(config, run):
     assert names[0] == names[1]
 
 
-def test_metrics_along_the_way(archive, run_script, tmp_path):
+def test_metrics_along_the_way(archive, run_script, run_here, tmp_path):
     arguments = [
-        *('--preset=edm2plus-digits', f'--data={archive}', '--channels=32', '--duration=1Ki', '--batch=64'),
-        *('--status=512', '--snapshot=1Ki', '--checkpoint=1Ki', '--preview=1Ki', '--metrics=fd_pixels'),
+        *('--preset=edm2plus-digits', f'--data={archive}', '--channels=16', '--duration=1Ki', '--batch=128'),
+        *('--status=512', '--snapshot=1Ki', '--checkpoint=1Ki', '--preview=1Ki', '--set=sampler.steps=2'),
+        '--metrics=fd_pixels',
     ]
     process = run_script('train.py', *arguments, '--metric-seeds=0-9', f'--outdir={tmp_path / "run"}', ranks=2)
     assert process.returncode == 0, process.stderr
     records = read_records(tmp_path / 'run/metrics.jsonl')
     assert [(r['nimg'], r['ema_std']) for r in records] == [(1024, 0.05), (1024, 0.1)]
     assert all(r['metrics']['fd_pixels']['num_images'] == 10 for r in records)
-    process = run_script('train.py', *arguments[:-1], '--metrics=fib', f'--outdir={tmp_path / "other"}')
+    process = run_here('train.py', *arguments[:-1], '--metrics=fib', f'--outdir={tmp_path / "other"}')
     assert process.returncode == 2 and "unknown metric 'fib'" in process.stderr
     assert not (tmp_path / 'other').exists()
 

@@ -35,8 +35,9 @@ from training.state import remove_leftovers, state_files
 def arguments(archive) -> list[str]:
     """A run of 64 steps, seconds long, of the digits preset in small."""
     return [
-        *('--preset=edm2plus-digits', f'--data={archive}', '--channels=32', '--duration=4Ki', '--batch=64'),
+        *('--preset=edm2plus-digits', f'--data={archive}', '--channels=16', '--duration=4Ki', '--batch=64'),
         *('--status=64', '--snapshot=2Ki', '--checkpoint=1Ki', '--preview=4Ki', '--rampup=640'),
+        *('--set=network.architecture.num_blocks=1', '--set=sampler.steps=2'),
     ]
 
 
@@ -77,8 +78,8 @@ def whole(archive, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
-def test_asked_to_stop(whole, arguments, tmp_path, name):
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', pytest.param('SIGUSR1', marks=pytest.mark.slow)])
+def test_asked_to_stop(request, arguments, tmp_path, name):
     process = start([*arguments, '--workers=1'] if name == 'SIGINT' else arguments, tmp_path)
     wait_for(process, r'^ +[12]\d\d\d images')
     process.send_signal(getattr(signal, name))
@@ -94,7 +95,7 @@ def test_asked_to_stop(whole, arguments, tmp_path, name):
     process = start(arguments, tmp_path)
     assert f'at {nimg} images' in wait_for(process, 'resumed from')
     process.communicate()
-    assert_same_runs(whole, tmp_path)
+    assert_same_runs(request.getfixturevalue('whole'), tmp_path)
 
 
 def test_asked_to_stop_together_with_its_reader(arguments, tmp_path):
