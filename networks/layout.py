@@ -16,6 +16,11 @@ def features_format(device: torch.device, depthwise: bool, training: bool) -> to
     return torch.contiguous_format
 
 
+def joins_upsampling(device: torch.device, training: bool) -> bool:
+    """Whether a dense 3x3 convolution of upsampled pixels runs before upsampling, in 4/9 of the multiplications."""
+    return device.type == 'cpu' and not training
+
+
 def packed(weight: torch.Tensor, x: torch.Tensor, groups: int) -> torch.Tensor:
     """A convolution's weight in the order that oneDNN's kernel reads, which else copies it in every call: same bits.
 

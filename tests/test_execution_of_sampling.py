@@ -8,7 +8,7 @@ import torch
 
 from networks.denoiser import Denoiser
 from networks.edm2.magnitude import MPConv
-from networks.folding import folded
+from networks.folding import folded, settled
 from sampling import portions
 from sampling.config import SamplerConfig
 from sampling.pipeline import sample
@@ -52,6 +52,20 @@ def test_folded_weights_are_computed_once_and_are_the_same_to_the_bit(name, prec
         assert not torch.equal(net(*inputs), expected)  # nothing is left behind
         with folded([net]):
             assert not torch.equal(net(*inputs), expected)
+
+
+@pytest.mark.parametrize(('name', 'joined'), [('A', 1), ('G*', 0)])
+def test_dense_convolutions_after_upsampling_run_at_the_lower_resolution(name, joined, monkeypatch):
+    """Where a CPU evaluates; in training it is the same, but for weights that are settled once more."""
+    seen, of_upsampled = [], MPConv.of_upsampled
+    monkeypatch.setattr(MPConv, 'of_upsampled', lambda layer, x, gain: seen.append(x) or of_upsampled(layer, x, gain))
+    net, inputs = golden_net(name).train(), golden_inputs()
+    with torch.no_grad():
+        with settled(net):
+            expected = net(*inputs)
+        assert not seen
+        torch.testing.assert_close(net.eval()(*inputs), expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == joined  # of two resolutions
 
 
 def test_weights_are_dropped_after_an_error(tiny_config):

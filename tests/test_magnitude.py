@@ -111,3 +111,13 @@ def test_mp_conv_linear_by_hand():
     w = torch.tensor([3.0, 4.0]) / (1e-4 + 5 / math.sqrt(2)) / math.sqrt(2)
     layer.eval()
     torch.testing.assert_close(layer(torch.tensor([[1.0, 10.0]]), gain=2.0), (2 * (w[0] + 10 * w[1])).reshape(1, 1))
+
+
+@pytest.mark.parametrize(('h', 'w'), [(1, 1), (3, 4), (8, 8)])
+def test_convolution_of_upsampled_pixels(h, w, g):
+    layer = MPConv(5, 7, kernel=3).double()
+    layer.reset_parameters(g)
+    layer.eval()
+    x = torch.randn(2, 5, h, w, generator=g, dtype=torch.float64)
+    upsampled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    torch.testing.assert_close(layer.of_upsampled(x, 0.7), layer(upsampled, 0.7), rtol=1e-12, atol=1e-12)

@@ -15,7 +15,7 @@ from networks.edm2.magnitude import SILU_RMS, MPConv, mp_cat, mp_silu, mp_sum, m
 from networks.encoder_decoder import EncoderDecoder
 from networks.fourier import FourierFeatures
 from networks.interface import Interface
-from networks.layout import features_format
+from networks.layout import features_format, joins_upsampling
 
 LABEL_BALANCE = 0.5  # weight of the class in the embedding
 CONCAT_BALANCE = 0.5  # weight of the skip connection in a decoder block's input
@@ -100,12 +100,12 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W], float32 [N, emb_channels] -> [N, out_channels, H', W'] in x's dtype."""
-        x = resample(x, self.resample_mode)
+        low, x = x, resample(x, self.resample_mode)
         if self.flavor == 'enc':
             if self.conv_skip is not None:
                 x = self.conv_skip(x)
             x = normalize(x, dims=(1,))
-        y = self._residual(x, emb)
+        y = self._residual(low, emb, upsampling=True) if self.upsamples_in_branch(x) else self._residual(x, emb)
         if self.flavor == 'dec' and self.conv_skip is not None:
             x = self.conv_skip(x)
         x = torch.add(y, x, alpha=mp_sum_gains(RESIDUAL_BALANCE)[0]) if self.fused else mp_sum(x, y, RESIDUAL_BALANCE)
@@ -118,7 +118,12 @@ class Block(nn.Module):
                 x = mp_sum(x, self.attn_proj(y), ATTENTION_BALANCE)
         return x.clip(-CLIP_ACTIVATIONS, CLIP_ACTIVATIONS)
 
-    def _residual(self, y: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    def upsamples_in_branch(self, x: torch.Tensor) -> bool:
+        """Whether the branch begins before x was upsampled, and its first convolution does that, too."""
+        dense = self.resample_mode == 'up' and self.steps[:2] == (SILU, 'conv_res0')
+        return dense and self.fused and joins_upsampling(x.device, self.training)
+
+    def _residual(self, y: torch.Tensor, emb: torch.Tensor, upsampling: bool = False) -> torch.Tensor:
         """The branch times its gain in the sum; that gain and MP-SiLU's constant are in the weights that follow."""
         gain, modulated = 1.0, False
         for i, step in enumerate(self.steps):
@@ -134,7 +139,9 @@ class Block(nn.Module):
             else:
                 if self.fused and i == len(self.steps) - 1:
                     gain *= mp_sum_gains(RESIDUAL_BALANCE)[1]
-                y, gain = getattr(self, step)(y, gain=gain), 1.0
+                layer = getattr(self, step)
+                y, gain = layer.of_upsampled(y, gain) if upsampling else layer(y, gain=gain), 1.0
+                upsampling = False
         return y
 
 
