@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -121,12 +122,13 @@ def config(archive, tiny_config) -> TrainConfig:
 
 @pytest.fixture
 def run(tmp_path):
-    """Train in this process; returns the run folder."""
+    """Train in this process, without the picture of the loss, which takes as long as steps; returns the run folder."""
 
     def train_in(name: str, config: TrainConfig):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        train(config.check(), ImageDataset(config.data), folder, torch.device('cpu'))
+        with mock.patch('training.loop.plot_loss'):
+            train(config.check(), ImageDataset(config.data), folder, torch.device('cpu'))
         return folder
 
     return train_in

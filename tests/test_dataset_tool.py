@@ -364,11 +364,11 @@ def test_stopped_convert_leaves_no_dataset(tmp_path, photos, stop, status, dest)
 
 
 @pytest.mark.parametrize('dest', ['out.zip', 'out'])
-def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, dest):
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, archive, dest):
     # No file may grow above 100 bytes, which is less than one PNG and the zip's index.
     code = 'import resource, dataset_tool; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); '
     code += 'dataset_tool.cli.run(dataset_tool.main)'
-    command = [sys.executable, '-c', code, 'convert', '--source=digits', f'--dest={tmp_path / dest}']
+    command = [sys.executable, '-c', code, 'convert', f'--source={archive}', f'--dest={tmp_path / dest}']
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stdout.count('\n') <= 1  # the estimate
     assert result.stderr == f'-c: error: {tmp_path / dest}: File too large\n'
@@ -440,9 +440,8 @@ def test_many_classes_are_cut_short(tmp_path, capsys):
     assert 'class 19 (19): 1 images\n... 25 classes in all, with 1 to 1 images each\n' in output
 
 
-def test_the_script_itself(tmp_path):
-    command = [sys.executable, 'dataset_tool.py', 'convert', '--source=digits', f'--dest={tmp_path}/a.zip']
-    for status, out in ((0, '1797 images'), (2, '')):  # the second time, the zip is in the way
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_the_script_itself(tmp_path, run_script, run_here):
+    for run, status, out in ((run_script, 0, '1797 images'), (run_here, 2, '')):  # then, the zip is in the way
+        result = run('dataset_tool.py', 'convert', '--source=digits', f'--dest={tmp_path}/a.zip')
         assert result.returncode == status and out in result.stdout
     assert result.stderr == f'dataset_tool.py: error: {tmp_path}/a.zip exists; add --overwrite to replace it\n'

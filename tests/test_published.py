@@ -707,7 +707,7 @@ def test_resolving_presets():
 # Through the scripts
 
 
-def test_generate_by_preset_from_the_cache(tmp_path, run_script):
+def test_generate_by_preset_from_the_cache(tmp_path, run_script, run_here, monkeypatch):
     cache = tmp_path / 'cache'
     folder = cache / 'downloads' / BASE_URL.removeprefix('https://')
     for name, seed in (('edm2-img64-s-1073741-0.045', 1), ('edm2-img64-xs-0134217-0.110', 2)):
@@ -721,7 +721,8 @@ def test_generate_by_preset_from_the_cache(tmp_path, run_script):
     assert record['sampler']['guidance'] == 1.7 and record['net']['nimg'] == 2**30
     for name in ('000000.png', '000003.png'):
         assert (tmp_path / 'out' / name).exists()
-    done = run_script('generate.py', *options[:-2], '--outdir=none', '--offline', env={'EDM2PLUS_CACHE': 'empty'})
+    monkeypatch.setenv('EDM2PLUS_CACHE', 'empty')
+    done = run_here('generate.py', *options[:-2], '--outdir=none', '--offline')
     assert done.returncode == 2 and 'not in the download cache' in done.stderr and 'Traceback' not in done.stderr
 
 
