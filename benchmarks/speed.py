@@ -96,7 +96,8 @@ class Case:
     def seconds(self, device: torch.device) -> float:
         """Of one call."""
         training = self.what == 'train'
-        keep_freed_memory(training and self.how == 'users')
+        if training:  # sampling leaves the allocator as it is, on either side
+            keep_freed_memory(self.how == 'users')
         with formulation() if self.how == 'formulation' else contextlib.nullcontext():
             if training and device.type == 'cpu':
                 self.call()  # fills the memory that is kept
