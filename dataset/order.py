@@ -49,11 +49,6 @@ class BatchOrder:
         assert self.dataset_size > 0 and self.start_nimg >= 0 and 0 <= self.rank < self.world_size, self
         assert self.batch > 0 and self.batch % (self.world_size * self.micro_batch) == 0, self
 
-    @property
-    def rounds(self) -> int:
-        """Micro-batches of each rank in a step."""
-        return self.batch // (self.world_size * self.micro_batch)
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, permutation = -1, None
         # A step ends where the next begins, so the rounds of all steps are evenly spaced.

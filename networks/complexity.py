@@ -148,14 +148,15 @@ class _Counter(TorchDispatchMode):
         self.bytes = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in SLOW and not kwargs:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if func.overloadpacket in SLOW and not kwargs and all(t.is_meta for t in tensors):
             out = _without_layouts(_layouts_of_results(func, *map(_with_layouts, args)))
         else:
             out = func(*args, **(kwargs or {}))
         first = out[0] if isinstance(out, tuple | list) else out
         if not self.paused:
             self.add(*operation_cost(func, args, first))
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        inputs = {t.untyped_storage()._cdata for t in tensors}
         from_weights = bool(inputs) and inputs <= self.weights
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in inputs:

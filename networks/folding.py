@@ -1,7 +1,7 @@
 """Layers that compute the weight they use from the one they store, and how to have that done once instead of always."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -21,16 +21,17 @@ class Folding(nn.Module):
     kept_for: tuple = ()
     is_packed = False  # what is kept
 
-    def weight_for(self, x: torch.Tensor, *args) -> torch.Tensor:
-        """`used_weight(*args)`, cast to x's dtype; `folded`, in the layout that is fastest for x."""
+    def weight_for(self, x: torch.Tensor, *args, compute: Callable | None = None) -> torch.Tensor:
+        """`compute` or `used_weight` of `args`, cast to x's dtype; `folded`, in the layout that is fastest for x."""
+        compute = compute or self.used_weight
         if self.gathering and torch.is_grad_enabled():
             if self.kept is None:
-                self.computed = self.used_weight(*args)
+                self.computed = compute(*args)
                 self.kept = self.computed.detach().requires_grad_(self.computed.requires_grad)
             return self.kept.to(x.dtype)
         if self.folding and self.kept is not None and self.kept_for == (x.dtype, x.shape if self.is_packed else None):
             return self.kept
-        weight = self.used_weight(*args).to(x.dtype)
+        weight = compute(*args).to(x.dtype)
         if self.folding:
             weight = packed(weight, x, self.groups)
             self.is_packed = weight.is_mkldnn

@@ -43,6 +43,13 @@ def test_tables_of_the_papers(run_here, monkeypatch):
     assert seen == 10 + 6 + 9 + 7 + 9
 
 
+@pytest.mark.parametrize('preset', ['edm2-img64-xs', 'edm2plus-digits', 'edm-digits', 'sid2-digits'])
+def test_results_that_are_remembered_change_no_count(preset, monkeypatch):
+    remembered = complexity(get_preset(preset).network)
+    monkeypatch.setattr('networks.complexity.SLOW', ())
+    assert complexity(get_preset(preset).network) == remembered
+
+
 @pytest.mark.parametrize(
     ('name', 'gflops'),
     [

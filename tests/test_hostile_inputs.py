@@ -29,6 +29,7 @@ from networks.denoiser import Denoiser
 from networks.files import NetworkInfo
 from tests.test_integrity import header_file
 from torch_utils.tensor_files import TensorFile, save_tensors
+from training.monitor.plots import plot_loss
 from training.state import state_files
 
 
@@ -263,5 +264,6 @@ def test_lines_of_stats(config, run, tmp_path, finished, line, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['report.py'])
     report.main.main([str(folder), f'--dest={tmp_path}/before.html'], standalone_mode=False)
     run('run', replace(config, slice=256))
+    plot_loss(folder)
     assert (folder / 'stats.jsonl').read_text().splitlines()[:4] == lines[:4]
     report.main.main([str(folder), f'--dest={tmp_path}/after.html'], standalone_mode=False)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dnnlib.errors import UserError
 from networks.config import NetworkConfig
 from networks.denoiser import Denoiser
 from networks.edm.song import SongConfig
+from networks.edm2.magnitude import MPConv
 from networks.files import NetworkInfo, load_network, save_network
 from sampling.config import SamplerConfig
 from tests.helpers import assert_same_tensors, edm2_network, state_tensors
@@ -235,6 +237,19 @@ def test_resumed_run_is_bit_exact(student, run, tmp_path):
         run('parts', replaced(config, {'method.steps': 8}))
     net, info = load_network(tmp_path / 'whole/network-snapshot-0000001-0.050.safetensors')
     assert net.config == student.network and SamplerConfig.from_json(info.sampler) == student.sampler
+
+
+def test_both_networks_are_settled_once_a_step(student, monkeypatch):
+    """Not by every micro-batch, and not inside a compiler's graph."""
+    forced, settle = Counter(), MPConv.settle
+    monkeypatch.setattr(MPConv, 'settle', lambda layer: forced.update([layer]) or settle(layer))
+    device = torch.device('cpu')
+    method = MomentMatching(dataclasses.replace(student, batch=4, micro_batch=2), device)
+    parts = [Inputs(torch.zeros(2, 1, 8, 8), torch.eye(10)[:2], None, [2 * i, 2 * i + 1]) for i in range(2)]
+    for step in range(2):
+        method.step(iter(parts), 4 * step, PhaseTimer(device))
+    layers = [layer for net in method.networks.values() for layer in net.modules() if isinstance(layer, MPConv)]
+    assert len(layers) > 20 and all(forced.pop(layer) == 2 for layer in layers) and not forced
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -23,6 +25,7 @@ from networks.layout import features_format
 from sampling import portions
 from sampling.options import note_execution
 from sampling.portions import EAGER, Execution
+from tests.conftest import ROOT
 from tests.test_networks import golden_inputs, golden_net
 from tests.test_sampling import busy, images_of
 from torch_utils.tf32 import tf32
@@ -74,6 +77,14 @@ def test_layouts_and_settled_weights_give_the_same_gradients(name, monkeypatch):
     for gradients in found.values():
         for a, b in zip(gradients, first, strict=True):
             assert (a - b).norm() < 3e-5 * scale  # thirty layers' roundings; was 1.1e-5
+
+
+def test_a_wrong_preset_is_one_line():
+    process = subprocess.run(
+        [sys.executable, '-m', 'benchmarks.speed', '--networks=edm2-digits'], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("speed.py: error: unknown preset 'edm2-digits'")
 
 
 def test_steps_have_the_gradient_of_the_formulation(monkeypatch):
@@ -224,7 +235,5 @@ def test_benchmark(tmp_path):
     assert len(rows) == 9 and all(set(row) == set(names) for row in rows)
     assert [row['ratio'] for row in rows if row['as'] == 'formulation'] == [1, 1, 1]
     assert {row['what'] for row in rows} == {'latency', 'throughput', 'train'}
-    assert (
-        all(row['seconds'] > 0 and row['ratio'] > 0 for row in rows)
-        and '| latency | edm2plus-digits | users |' in result.output
-    )
+    assert all(row['seconds'] > 0 and row['ratio'] > 0 for row in rows)
+    assert '| latency | edm2plus-digits | users |' in result.output

@@ -120,9 +120,11 @@ class MPConv(Folding):
         Of the 3x3 pixels under a kernel several are the same, so that their weights add up: two rows (columns) of
         weights for an even row (column) of the result, two others for an odd one.
         """
-        four = conv2d(x, self.weight_for(x, gain, True), 1, self.is_packed).unflatten(1, (2, 2, -1))
+        weight = self.weight_for(x, gain, compute=self.weight_of_upsampled)
+        four = conv2d(x, weight, 1, self.is_packed).unflatten(1, (2, 2, -1))
         n, _, _, channels, h, w = four.shape
-        y = x.new_empty(n, channels, 2 * h - 2, 2 * w - 2).contiguous(memory_format=torch.channels_last)
+        shape, layout = (n, channels, 2 * h - 2, 2 * w - 2), torch.channels_last
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         for i, j in itertools.product((0, 1), repeat=2):
             y[:, :, i::2, j::2] = four[:, i, j, :, i : i + h - 1, j : j + w - 1]
         return y
@@ -133,16 +135,17 @@ class MPConv(Folding):
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight))
 
-    def used_weight(self, gain: torch.Tensor | float = 1.0, of_upsampled: bool = False) -> torch.Tensor:
-        """What the input is multiplied with, float32: as the parameter, or [4 Cout, Cin, 2, 2] for `of_upsampled`."""
+    def used_weight(self, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """What the input is multiplied with, float32."""
         scale = gain / math.sqrt(self.weight[0].numel())
         if torch.compiler.is_compiling():  # a compiler fuses by itself what autograd does
-            w = normalize(self.weight) * scale
-        elif isinstance(scale, torch.Tensor):
-            w = NormalizedWeight.apply(self.weight, 1.0) * scale
-        else:
-            w = NormalizedWeight.apply(self.weight, scale)
-        if of_upsampled:
-            sums = w.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # of an even or odd row, 2 of 3 rows
-            w = torch.einsum('ipk,jql,ockl->ijocpq', sums, sums, w).flatten(0, 2)
-        return w
+            return normalize(self.weight) * scale
+        if isinstance(scale, torch.Tensor):
+            return NormalizedWeight.apply(self.weight, 1.0) * scale
+        return NormalizedWeight.apply(self.weight, scale)
+
+    def weight_of_upsampled(self, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """`used_weight` [Cout, Cin, 3, 3] -> [4 Cout, Cin, 2, 2], for even and odd rows and columns of the result."""
+        w = self.used_weight(gain)
+        sums = w.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # of an even or odd row, 2 of 3 rows
+        return torch.einsum('ipk,jql,ockl->ijocpq', sums, sums, w).flatten(0, 2)

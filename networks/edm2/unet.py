@@ -105,7 +105,7 @@ class Block(nn.Module):
             if self.conv_skip is not None:
                 x = self.conv_skip(x)
             x = normalize(x, dims=(1,))
-        y = self._residual(low, emb, upsampling=True) if self.upsamples_in_branch(x) else self._residual(x, emb)
+        y = self._residual(low, emb, upsampling=True) if self.upsamples_in_branch(x.device) else self._residual(x, emb)
         if self.flavor == 'dec' and self.conv_skip is not None:
             x = self.conv_skip(x)
         x = torch.add(y, x, alpha=mp_sum_gains(RESIDUAL_BALANCE)[0]) if self.fused else mp_sum(x, y, RESIDUAL_BALANCE)
@@ -118,10 +118,10 @@ class Block(nn.Module):
                 x = mp_sum(x, self.attn_proj(y), ATTENTION_BALANCE)
         return x.clip(-CLIP_ACTIVATIONS, CLIP_ACTIVATIONS)
 
-    def upsamples_in_branch(self, x: torch.Tensor) -> bool:
-        """Whether the branch begins before x was upsampled, and its first convolution does that, too."""
-        dense = self.resample_mode == 'up' and self.steps[:2] == (SILU, 'conv_res0')
-        return dense and self.fused and joins_upsampling(x.device, self.training)
+    def upsamples_in_branch(self, device: torch.device) -> bool:
+        """Whether the branch begins before upsampling, which its first convolution does, too."""
+        dense = (self.flavor, self.resample_mode, *self.steps[:2]) == ('dec', 'up', SILU, 'conv_res0')
+        return dense and self.fused and joins_upsampling(device, self.training)
 
     def _residual(self, y: torch.Tensor, emb: torch.Tensor, upsampling: bool = False) -> torch.Tensor:
         """The branch times its gain in the sum; that gain and MP-SiLU's constant are in the weights that follow."""
