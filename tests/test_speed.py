@@ -83,7 +83,7 @@ def test_a_wrong_preset_is_one_line():
     process = subprocess.run(
         [sys.executable, '-m', 'benchmarks.speed', '--networks=edm2-digits'], cwd=ROOT, capture_output=True, text=True
     )
-    assert process.returncode == 2
+    assert process.returncode == 2 and process.stderr.count('\n') == 1
     assert process.stderr.startswith("speed.py: error: unknown preset 'edm2-digits'")
 
 
