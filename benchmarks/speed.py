@@ -8,16 +8,19 @@ As the formulation, weights are normalized in every call, MP-SiLU and MP-sums ar
 are channels-first, nothing is compiled; training overwrites weights in every call, too, differentiates by autograd
 alone, cleans every gradient and takes Adam as PyTorch has it by default. Users get what `generate.py` and `train.py`
 do. Ratios are medians over rounds in which all cases are measured in turn, each to the reference as the formulation in
-float32 of the same round.
+float32 of the same round. On a CPU, evaluations of the formulation run in a process of their own.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import click
@@ -138,6 +141,42 @@ def one_evaluation(
     return lambda: portions(x, sigma, labels)
 
 
+def written_evaluation(net: Denoiser, batch: int) -> Callable[[], object]:
+    """As the papers write it, within `formulation`."""
+    x, sigma = noise(batch, *net.config.image_shape).to(net.device), torch.ones(batch, device=net.device)
+    return torch.inference_mode()(lambda: net(x, sigma))
+
+
+def _serve(pipe: Connection, threads: int) -> None:
+    torch.set_num_threads(threads)
+    network = functools.cache(lambda *preset: network_of(*preset, torch.device('cpu')))
+    call = functools.cache(lambda *preset, batch: written_evaluation(network(*preset), batch))
+    with formulation(), contextlib.suppress(EOFError):
+        while True:
+            *preset, batch = pipe.recv()
+            call(*preset, batch=batch)()
+            pipe.send(None)
+
+
+@contextlib.contextmanager
+def process_of_its_own() -> Iterator[Callable[[str, str, int], object]]:
+    """A function that evaluates the formulation of a preset, in a precision, on a CPU, where nothing else runs.
+
+    It makes all weights anew in every call. In a process in which networks have freed memory before, that is at hand
+    for them, and saves a fifth of the time; the papers' code has no such neighbours.
+    """
+    context = multiprocessing.get_context('spawn')
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, torch.get_num_threads()), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield lambda *key: (ours.send(key), ours.recv())
+    finally:
+        ours.close()
+        process.join()
+
+
 def one_step(preset: str, precision: str, batch: int, compiled: bool, device: torch.device) -> Callable[[], object]:
     """A training step of random images, optimizer included; augmentation and averages are left out."""
     config = get_preset(preset)
@@ -149,16 +188,15 @@ def one_step(preset: str, precision: str, batch: int, compiled: bool, device: to
     return lambda: (method.step(iter([inputs]), 0, timer), method.net.zero_grad())  # other cases want the memory
 
 
-def cases_of(preset: str, precision: str, compiled: bool, many: int, device, stack) -> Iterator[Case]:
+def cases_of(preset: str, precision: str, compiled: bool, many: int, device, stack, elsewhere) -> Iterator[Case]:
     """Evaluations of one image and of many, of one network."""
     net = network_of(preset, precision, device)
     for what, batch in (('latency', 1), ('throughput', many)):
         call = one_evaluation(net, batch, Execution(compiled=compiled), stack)
         yield Case(what, preset, 'users', precision, compiled, batch, call)
         if not compiled and isinstance(net.unet, unet.UNet):
-            x = noise(batch, *net.config.image_shape).to(device)
-            sigma = torch.ones(batch, device=device)
-            call = torch.inference_mode()(lambda x=x, sigma=sigma: net(x, sigma))
+            there = functools.partial(elsewhere, preset, precision, batch)
+            call = there if device.type == 'cpu' else written_evaluation(net, batch)
             yield Case(what, preset, 'formulation', precision, False, batch, call)
 
 
@@ -268,8 +306,10 @@ def main(networks, precisions, compiling, what, batches, rounds, reference, devi
         ]
         wanted = what.split(',')
         with contextlib.ExitStack() as stack:
-            cases = [case for variant in variants if {'latency', 'throughput'} & set(wanted)
-                     for case in cases_of(*variant, batches[0], place, stack) if case.what in wanted]  # fmt: skip
+            sampled = variants if {'latency', 'throughput'} & set(wanted) else ()
+            elsewhere = stack.enter_context(process_of_its_own()) if sampled else None
+            cases = [case for variant in sampled for case in cases_of(*variant, batches[0], place, stack, elsewhere)
+                     if case.what in wanted]  # fmt: skip
             for kind in dict.fromkeys(case.what for case in cases):
                 rows += measure([case for case in cases if case.what == kind], reference, rounds, place)
             del cases
